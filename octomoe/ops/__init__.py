@@ -1,0 +1,1 @@
+"""The counter: check arguments, choose a backend, call. Registered with torch.library."""

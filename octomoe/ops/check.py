@@ -1,0 +1,114 @@
+"""Argument checks that several ops share. Shapes, dtypes and devices only: they cost nothing.
+
+Values are looked at where they lie on the CPU (`check_ids`); on a GPU that would wait for it.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from octomoe.core.formats import ALL, Format, is_gemm_pair
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.errors import refusal
+
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_SLOTS: Final = 2**31 - 1
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    """Refuse anything but float32, bf16 and fp16."""
+    if not isinstance(x, Tensor):
+        raise TypeError(refusal(op, name, f"is a {type(x).__name__}", "a tensor"))
+    if x.dtype not in _FLOATS:
+        do = "dequantize it first" if x.dtype.itemsize == 1 and x.is_floating_point() else ""
+        needs = "float32, bfloat16 or float16"
+        raise TypeError(refusal(op, name, f"has dtype {x.dtype}", needs, do))
+
+
+def check_rank(op: str, name: str, x: Tensor | QTensor, ranks: tuple[int, ...], axes: str) -> None:
+    """Refuse a tensor of another rank; `axes` says what is needed, e.g. ``"[T, D]"``."""
+    if len(x.shape) not in ranks:
+        raise ValueError(refusal(op, name, f"has shape {tuple(x.shape)}", axes))
+
+
+def check_same_device(op: str, device: torch.device, **tensors: Tensor | QTensor | None) -> None:
+    """Refuse tensors that are not where the op's first tensor is."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            needs = f"the other tensors' device {device}"
+            raise ValueError(refusal(op, name, f"is on {tensor.device}", needs))
+
+
+def check_format(op: str, name: str, format: Format) -> None:
+    """Refuse what is no `Format`; a name is parsed by the caller with `Format.parse`."""
+    if not isinstance(format, Format):
+        do = f"use octomoe.Format.parse({format!r})" if isinstance(format, str) else ""
+        raise TypeError(refusal(op, name, f"is a {type(format).__name__}", "a Format", do))
+
+
+def check_pair(op: str, weight: Format | None, activation: Format | None) -> None:
+    """Refuse operands whose scales change at different places along K."""
+    if not is_gemm_pair(weight, activation):
+        assert activation is not None
+        got = f"are {'unquantized' if weight is None else weight.name} x {activation.name}"
+        if weight is None:
+            needs = "quantized weights with quantized activations"
+        else:
+            size = "the whole axis" if weight.block[2] == ALL else f"blocks of {weight.block[2]}"
+            needs = f"activations scaled along K by {size}, as the weights are"
+        do = "leave the activations unquantized, or requantize the weights"
+        raise ValueError(refusal(op, "formats of w and x", got, needs, do))
+
+
+def check_ids(op: str, topk_ids: Tensor, num_experts: int) -> None:
+    """Refuse topk_ids of a wrong type, and ids out of range where they lie on the CPU.
+
+    On a GPU, ids outside ``-1 .. num_experts - 1`` count as dropped.
+    """
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        got = f"has dtype {topk_ids.dtype}"
+        raise TypeError(refusal(op, "topk_ids", got, "int32 or int64"))
+    check_rank(op, "topk_ids", topk_ids, (2,), "[T, A]")
+    if topk_ids.device.type == "cpu" and topk_ids.numel():
+        low, high = topk_ids.min().item(), topk_ids.max().item()
+        if low < -1 or high >= num_experts:
+            got = f"holds ids from {low} to {high}"
+            needs = f"ids from 0 to {num_experts - 1}, or -1 for a dropped choice"
+            raise ValueError(refusal(op, "topk_ids", got, needs))
+
+
+def check_slots(op: str, num_slots: int) -> None:
+    """Refuse more slots than int32 index maps can number."""
+    if num_slots > _MAX_SLOTS:
+        do = "split the batch"
+        needs = f"at most {_MAX_SLOTS} slots"
+        raise ValueError(refusal(op, "topk_ids", f"needs {num_slots} slots", needs, do))
+
+
+def check_rows(op: str, name: str, x: Tensor | QTensor, num_rows: int, whose: str) -> None:
+    """Refuse a 2-D tensor with another number of rows."""
+    check_rank(op, name, x, (2,), "[rows, columns]")
+    if x.shape[0] != num_rows:
+        needs = f"{num_rows} rows, the {whose} of the routing"
+        raise ValueError(refusal(op, name, f"has shape {tuple(x.shape)}", needs))
+
+
+def check_offsets(op: str, routing_or_offsets: Routing | Tensor, num_experts: int) -> Tensor:
+    """The offsets of a routing, or offsets given as such: ``[E + 1]`` int32, first one 0."""
+    if isinstance(routing_or_offsets, Routing):
+        offsets = routing_or_offsets.expert_offsets
+    else:
+        offsets = routing_or_offsets
+    if offsets.dtype != torch.int32 or tuple(offsets.shape) != (num_experts + 1,):
+        got = f"are {offsets.dtype} of shape {tuple(offsets.shape)}"
+        needs = f"int32 of shape ({num_experts + 1},), one more than the experts, the first 0"
+        raise ValueError(refusal(op, "offsets", got, needs))
+    return offsets
+
+
+def check_shape(op: str, name: str, got: tuple[int, ...], needs: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape."""
+    if tuple(got) != tuple(needs):
+        raise ValueError(refusal(op, name, f"has shape {tuple(got)}", str(tuple(needs))))

@@ -1,0 +1,100 @@
+"""Which backend runs an op: `auto` picks, an explicit one never falls back, a refusal says why."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Final
+
+import torch
+
+from octomoe.core.device import Target
+from octomoe.errors import refusal
+
+# Fastest first: `auto` takes the first that is usable.
+BACKENDS: Final = ("sm90", "triton", "reference")
+
+_MODULES: Final = {
+    "sm90": "octomoe.kernels.{op}_sm90",
+    "triton": "octomoe.kernels.{op}",
+    "reference": "octomoe.reference.{op}",
+}
+
+OPS: Final = (
+    "quantize",
+    "dequantize",
+    "requantize",
+    "build_routing",
+    "permute",
+    "unpermute",
+    "grouped_gemm",
+    "activation_quantize",
+    "fused_moe",
+)
+
+
+def why_not(op: str, backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run `op` on `device`; None if it can.
+
+    >>> why_not("quantize", "reference", torch.device("cpu")) is None
+    True
+    """
+    if backend == "reference":
+        return None
+    reason = _machine_lacks(backend, Target.of(device))
+    if reason is None and not _has_module(_MODULES[backend].format(op=op)):
+        reason = f"this version has no {backend} kernel for {op}"
+    return reason
+
+
+def choose(op: str, backend: str, device: torch.device) -> str:
+    """The backend to run `op` on `device`.
+
+    Raises:
+        ValueError: no backend has this name.
+        NotImplementedError: the one asked for cannot run here; the message gives each one's reason.
+    """
+    if backend == "auto":
+        return next(name for name in BACKENDS if why_not(op, name, device) is None)
+    if backend not in BACKENDS:
+        needs = "one of: auto, " + ", ".join(BACKENDS)
+        raise ValueError(refusal(op, "backend", f"is {backend!r}", needs))
+    reason = why_not(op, backend, device)
+    if reason is not None:
+        reasons = {name: why_not(op, name, device) for name in BACKENDS}
+        needs = "one that can run: " + "; ".join(
+            f"{name} ({reason or 'usable'})" for name, reason in reasons.items()
+        )
+        raise NotImplementedError(refusal(op, "backend", f"is {backend!r} on {device}", needs))
+    return backend
+
+
+def implementation(
+    op: str, backend: str, device: torch.device, name: str = ""
+) -> Callable[..., Any]:
+    """The function that runs `op`; `name` picks a sibling in the same file (``op`` + pass)."""
+    module = import_module(_MODULES[choose(op, backend, device)].format(op=op))
+    function: Callable[..., Any] = getattr(module, name or op)
+    return function
+
+
+def _machine_lacks(backend: str, target: Target) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if backend == "sm90" and target.arch != 90:
+        return f"needs compute capability 9.0, {target.name} is {_describe_arch(target)}"
+    if backend == "triton" and target.arch == 0 and not target.is_hip:
+        return f"needs a GPU, tensors are on {target.name}"
+    return None
+
+
+def _describe_arch(target: Target) -> str:
+    return f"{target.arch // 10}.{target.arch % 10}" if target.arch else "no CUDA device"
+
+
+@cache
+def _has_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

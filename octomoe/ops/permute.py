@@ -1,0 +1,93 @@
+"""The counter for `permute`."""
+
+import torch
+from torch import Tensor
+
+from octomoe.core.formats import ALL, Format
+from octomoe.core.layouts import ScaleLayout, packed_shape
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.errors import refusal
+from octomoe.ops.check import check_rows, check_same_device
+from octomoe.ops.dispatch import implementation
+from octomoe.ops.schema import put_together, take_apart
+
+
+def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> Tensor | QTensor:
+    """Bring rows into slot order, payload and scales together: ``y[s] = x[token_of_slot[s]]``.
+
+    Bytes are copied, never recomputed: permuting a quantised tensor equals quantising the permuted
+    one bit for bit. Slots of no token are zero (with the format's smallest scale).
+
+    Args:
+        x: ``[T, D]``, any dtype, or a QTensor with one scale per row, per part of a row, or for
+            the whole tensor.
+        routing: from `build_routing`.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"sm90"``.
+
+    Returns:
+        ``[S, D]`` of the same dtype, or a QTensor of the same format and layout.
+
+    Raises:
+        ValueError: x has another number of rows than the routing has tokens, lies on another
+            device, or shares scales between rows.
+        NotImplementedError: the backend cannot run this.
+
+    >>> import octomoe
+    >>> routing = octomoe.build_routing(torch.tensor([[1], [0]]), 2)
+    >>> octomoe.permute(torch.tensor([[1.0], [2.0]]), routing).tolist()
+    [[2.0], [1.0]]
+    """
+    check_rows("permute", "x", x, routing.num_tokens, "tokens")
+    check_same_device("permute", routing.expert_offsets.device, x=x)
+    index = (routing.expert_offsets, routing.slot_of_choice_TA, routing.choice_of_slot_S)
+    data, scale, format, layout = take_apart(x)
+    if not isinstance(x, QTensor):
+        return _permute_op(data, None, format, layout, *index, routing.align, backend)[0]
+    rows = x.format.block[1]
+    if rows not in (1, ALL) or (rows == ALL and x.format.block[2] != ALL):
+        needs = "a scale per row, per part of a row, or for the whole tensor"
+        do = "requantize it, for instance to fp8_group128 or mxfp8"
+        raise ValueError(refusal("permute", "x", f"is {x.format.name}", needs, do))
+    if rows == ALL:
+        data = _permute_op(data, None, "", layout, *index, routing.align, backend)[0]
+        return QTensor(data, x.scale, x.format, x.layout)
+    data, scale = _permute_op(data, scale, format, layout, *index, routing.align, backend)
+    return QTensor(data, scale, x.format, x.layout)
+
+
+@torch.library.custom_op("octomoe::permute", mutates_args=())
+def _permute_op(
+    data: Tensor,
+    scale: Tensor | None,
+    format: str,
+    layout: str,
+    expert_offsets: Tensor,
+    slot_of_choice: Tensor,
+    choice_of_slot: Tensor,
+    align: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    routing = Routing(expert_offsets, slot_of_choice, choice_of_slot, align)
+    run = implementation("permute", backend, data.device)
+    y = run(put_together(data, scale, format, layout), routing)
+    return (y.data, y.scale) if isinstance(y, QTensor) else (y, data.new_empty(0))
+
+
+@_permute_op.register_fake
+def _(
+    data: Tensor,
+    scale: Tensor | None,
+    format: str,
+    layout: str,
+    expert_offsets: Tensor,
+    slot_of_choice: Tensor,
+    choice_of_slot: Tensor,
+    align: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (choice_of_slot.shape[0], data.shape[1])
+    if scale is None:
+        return data.new_empty(shape), data.new_empty(0)
+    scale_shape = packed_shape(Format.parse(format).scale_shape(shape), ScaleLayout(layout))
+    return data.new_empty(shape), scale.new_empty(scale_shape)

@@ -1,0 +1,127 @@
+"""The counter for `quantize`."""
+
+import torch
+from torch import Tensor
+
+from octomoe.core.formats import Format
+from octomoe.core.layouts import COMPACT, ScaleLayout, packed_shape
+from octomoe.core.qtensor import QTensor
+from octomoe.errors import refusal
+from octomoe.ops.check import check_float, check_format, check_rank, check_same_device
+from octomoe.ops.dispatch import implementation
+
+
+def quantize(
+    x: Tensor,
+    format: Format,
+    *,
+    layout: ScaleLayout = COMPACT,
+    out: QTensor | None = None,
+    amax: Tensor | None = None,
+    scale: Tensor | None = None,
+    backend: str = "auto",
+) -> QTensor:
+    """Quantise to 8 bits: ``scale = round(amax(block) / target_max)``, ``data = x * (1 / scale)``.
+
+    Data is rounded to nearest, ties to even, and saturates. A block with a NaN or an Inf reads
+    back as all NaN; an all-zero block gets the format's smallest scale.
+
+    Args:
+        x: ``[rows, columns]`` or ``[experts, rows, columns]``, float32, bf16 or fp16. No size need
+            be a multiple of the block.
+        format: what to store; see `octomoe.core.formats`.
+        layout: where to lay the scales.
+        out: write into this value (of the same format and layout) instead of a new one.
+        amax: float32 magnitudes to take the scales from, of the COMPACT scale's shape or of one
+            element, instead of the data's own.
+        scale: scales to use as they are, in the format's scale dtype; shapes as for `amax`.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"sm90"``.
+
+    Returns:
+        A QTensor of x's shape.
+
+    Raises:
+        TypeError: x is not float32, bf16 or fp16, or an argument has another dtype than said.
+        ValueError: a shape or device does not fit, or both amax and scale are given.
+        NotImplementedError: the backend cannot run this.
+
+    >>> import octomoe
+    >>> q = octomoe.quantize(torch.tensor([[1.0, -2.0, 448.0]]), octomoe.FP8_ROW)
+    >>> q.scale.item(), q.data.float().tolist()
+    (1.0, [[1.0, -2.0, 448.0]])
+    """
+    check_float("quantize", "x", x)
+    check_rank("quantize", "x", x, (2, 3), "[rows, columns] or [experts, rows, columns]")
+    check_format("quantize", "format", format)
+    check_same_device("quantize", x.device, amax=amax, scale=scale, out=out)
+    _check_given(x, format, amax, scale)
+    if out is not None:
+        _check_out(x, format, layout, out)
+    data, scale_out = _quantize_op(x, format.name, layout, amax, scale, backend)
+    if out is None:
+        return QTensor(data, scale_out, format, layout)
+    out.data.copy_(data)
+    out.scale.copy_(scale_out)
+    return out
+
+
+def _check_given(x: Tensor, format: Format, amax: Tensor | None, scale: Tensor | None) -> None:
+    if amax is not None and scale is not None:
+        raise ValueError(refusal("quantize", "amax and scale", "are both given", "at most one"))
+    shape = format.scale_shape(tuple(x.shape))
+    for name, given, dtype in (
+        ("amax", amax, torch.float32),
+        ("scale", scale, format.scale_dtype),
+    ):
+        if given is None:
+            continue
+        if given.dtype != dtype:
+            raise TypeError(refusal("quantize", name, f"has dtype {given.dtype}", str(dtype)))
+        if tuple(given.shape) != shape and given.numel() != 1:
+            needs = f"{shape} for {format.name} on x {tuple(x.shape)}, or one element"
+            raise ValueError(refusal("quantize", name, f"has shape {tuple(given.shape)}", needs))
+
+
+def _check_out(x: Tensor, format: Format, layout: ScaleLayout, out: QTensor) -> None:
+    if (out.format, out.layout, out.shape) != (format, layout, x.shape):
+        got = f"is {out.format.name} in {out.layout} of shape {tuple(out.shape)}"
+        needs = f"{format.name} in {layout} of shape {tuple(x.shape)}"
+        raise ValueError(refusal("quantize", "out", got, needs))
+
+
+@torch.library.custom_op("octomoe::quantize", mutates_args=())
+def _quantize_op(
+    x: Tensor,
+    format: str,
+    layout: str,
+    amax: Tensor | None,
+    scale: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    run = implementation("quantize", backend, x.device)
+    ones = [1] * x.dim()
+    q: QTensor = run(
+        x,
+        Format.parse(format),
+        layout=ScaleLayout(layout),
+        amax=amax.reshape(ones) if amax is not None and amax.numel() == 1 else amax,
+        scale=scale.reshape(ones) if scale is not None and scale.numel() == 1 else scale,
+    )
+    return q.data, q.scale
+
+
+@_quantize_op.register_fake
+def _(
+    x: Tensor,
+    format: str,
+    layout: str,
+    amax: Tensor | None,
+    scale: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    fmt = Format.parse(format)
+    shape = packed_shape(fmt.scale_shape(tuple(x.shape)), ScaleLayout(layout))
+    return (
+        x.new_empty(x.shape, dtype=fmt.element.dtype),
+        x.new_empty(shape, dtype=fmt.scale_dtype),
+    )

@@ -1,0 +1,120 @@
+"""Quantise: ``scale = round(amax(block) / target_max)``, ``data = cast(x * (1 / scale))``.
+
+All arithmetic is float32. The reciprocal is rounded once per block and multiplied, so that a kernel
+needs one division per block; for power-of-two scales it is exact. The cast rounds to nearest, ties
+to even, and saturates.
+
+Values that are no numbers: a block with a NaN or an Inf gets a NaN scale (E8M0: byte 0xFF) and
+zero data, so each of its values reads back as NaN. Under a given `amax` or `scale` an Inf
+saturates like any value that is too large, and a NaN is stored as the element's NaN (byte 0x7F),
+or in the scale where the element has none. An all-zero block gets the smallest scale.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from octomoe.core.formats import ALL, Format, Rounding
+from octomoe.core.layouts import COMPACT, ScaleLayout, pack
+from octomoe.core.qtensor import QTensor, expand_scale
+
+
+def quantize(
+    x: Tensor,
+    format: Format,
+    *,
+    layout: ScaleLayout = COMPACT,
+    amax: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> QTensor:
+    """Quantise ``[rows, columns]`` or ``[experts, rows, columns]``; see `octomoe.quantize`."""
+    data = torch.empty(x.shape, dtype=format.element.dtype, device=x.device)
+    scale_shape = format.scale_shape(tuple(x.shape))
+    scale_out = torch.empty(scale_shape, dtype=format.scale_dtype, device=x.device)
+    given_amax = None if amax is None else amax.expand(scale_shape)
+    given_scale = None if scale is None else scale.expand(scale_shape)
+    # One expert at a time where scales allow: the float32 temporaries stay small.
+    one_by_one = x.dim() == 3 and format.block[0] == 1
+    for index in range(x.shape[0]) if one_by_one else [...]:
+        scale_out[index] = _scale(
+            x[index],
+            format,
+            None if given_amax is None else given_amax[index],
+            None if given_scale is None else given_scale[index],
+        )
+        data[index] = _encode(x[index], scale_out[index], format)
+    return QTensor(data, pack(scale_out, layout), format, layout)
+
+
+def block_amax(x: Tensor, format: Format) -> Tensor:
+    """Largest magnitude of each scale block, float32, NaN where the block holds one.
+
+    Args:
+        x: ``[rows, columns]`` or ``[experts, rows, columns]``.
+
+    Returns:
+        Shape ``format.scale_shape(x.shape)``; zero for blocks without elements.
+    """
+    amax = x.to(torch.float32).abs()
+    if amax.numel() == 0:
+        return amax.new_zeros(format.scale_shape(tuple(x.shape)))
+    block = format.block[-x.dim() :]
+    for axis in range(-1, -x.dim() - 1, -1):
+        size = block[axis]
+        if size == ALL:
+            amax = amax.amax(axis, keepdim=True)
+        elif size > 1:
+            before = [0, 0] * (-axis - 1)
+            amax = pad(amax, [*before, 0, -amax.shape[axis] % size])
+            amax = _split_axis(amax, axis, size).amax(axis)
+    return amax
+
+
+def scale_of(amax: Tensor, format: Format) -> Tensor:
+    """The scale for a block of largest magnitude `amax`, in the format's scale dtype.
+
+    Power-of-two scales are the exact ceiling, from the bits of the quotient: a subnormal quotient
+    counts as 2^-127 up to that value and as 2^-126 above.
+    """
+    quotient = amax.to(torch.float32) / format.target_max
+    # Inf is treated as NaN: no scale makes it representable.
+    quotient = torch.where(torch.isfinite(quotient), quotient, torch.nan)
+    if format.rounding == Rounding.EXACT:
+        return quotient.clamp_min(format.min_scale)
+    bits = quotient.view(torch.int32)
+    exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    is_above_power = torch.where(exponent == 0, mantissa > 0x400000, mantissa > 0)
+    exponent = exponent + is_above_power
+    exponent = torch.where(torch.isnan(quotient), 0xFF, exponent)
+    if format.scale_dtype == torch.float8_e8m0fnu:
+        return exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
+    power = (exponent.clamp_min(1) << 23).view(torch.float32)
+    return torch.where(torch.isnan(quotient), torch.nan, power)
+
+
+def _split_axis(x: Tensor, axis: int, size: int) -> Tensor:
+    """Split an axis, counted from the end, into blocks of `size`; they become axis `axis`."""
+    at = x.dim() + axis
+    return x.reshape(*x.shape[:at], -1, size, *x.shape[at + 1 :])
+
+
+def _scale(x: Tensor, format: Format, amax: Tensor | None, scale: Tensor | None) -> Tensor:
+    if amax is None and scale is None:
+        return scale_of(block_amax(x, format), format)
+    if scale is None:
+        assert amax is not None
+        scale = scale_of(amax, format)
+    if format.element.has_nan:
+        return scale
+    # This element cannot say NaN, so the scale of the block must.
+    has_nan = block_amax(x, format).isnan()
+    return torch.where(has_nan, torch.nan, scale.to(torch.float32)).to(scale.dtype)
+
+
+def _encode(x: Tensor, scale: Tensor, format: Format) -> Tensor:
+    reciprocal = expand_scale(1.0 / scale.to(torch.float32), format, tuple(x.shape))
+    limit = format.element.max
+    scaled = torch.clamp(x.to(torch.float32) * reciprocal, -limit, limit)
+    # One NaN pattern, whatever the sign of the input's.
+    scaled = torch.where(scaled.isnan(), torch.nan, scaled)
+    return torch.where(reciprocal.isnan(), 0.0, scaled).to(format.element.dtype)
