@@ -1,5 +1,7 @@
 """FP8 mixture-of-experts for PyTorch."""
 
+from importlib import import_module
+
 from octomoe.core.activations import (
     GELU,
     GELU_TANH,
@@ -46,6 +48,16 @@ from octomoe.ops.quantize_experts import quantize_experts
 from octomoe.ops.requantize import requantize
 from octomoe.ops.unpermute import unpermute
 from octomoe.version import VERSION as __version__
+
+_LAZY = {"quantize_model": "octomoe.integrations.transformers"}
+
+
+def __getattr__(name: str) -> object:
+    """Names that need an optional package, imported when they are first used."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'octomoe' has no attribute {name!r}")
+
 
 __all__ = [
     "ALL",
@@ -98,6 +110,7 @@ __all__ = [
     "permute",
     "quantize",
     "quantize_experts",
+    "quantize_model",
     "requantize",
     "unpermute",
 ]

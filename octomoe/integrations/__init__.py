@@ -1,0 +1,1 @@
+"""Other people's classes, one file each: translate names, call ops."""

@@ -1,0 +1,1 @@
+"""The order of ops: how a hidden state walks through a layer."""
