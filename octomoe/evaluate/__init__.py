@@ -1,0 +1,1 @@
+"""What quantisation costs: metrics, comparison with the unquantised model, report, plots."""

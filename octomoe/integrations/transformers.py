@@ -9,7 +9,9 @@ it (`has_gate`, `is_transposed`, `is_concatenated`, `has_bias`), never by its na
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from octomoe.core.experts import GATE_UP, ExpertWeights, interleaved
 from octomoe.core.formats import FP8_EXPERT, FP8_GROUP128, FP8_TOKEN, MXFP8, Format, is_gemm_pair
 from octomoe.core.qtensor import QTensor
 from octomoe.errors import missing_package, refusal
+from octomoe.moe.quantized_experts import QuantizedExperts
 from octomoe.ops.fused_moe import fused_moe
 from octomoe.ops.quantize_experts import quantize_experts
 from octomoe.reference.activation_quantize import activate
@@ -139,93 +142,66 @@ def quantize_model(
     return model
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint ready to be measured.
+
+    Attributes:
+        model: the model in float32, in eval mode, its experts run by OctoMoE.
+        encode: text -> token ids.
+        vocab_size: entries of a prediction.
+        max_sequence: the longest context, None where the configuration does not say.
+        stored_bytes: bytes per weight in the checkpoint.
+    """
+
+    model: nn.Module
+    encode: Callable[[str], list[int]]
+    vocab_size: int
+    max_sequence: int | None
+    stored_bytes: int
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Load a local checkpoint and its tokenizer on the CPU. Nothing is downloaded.
+
+    Args:
+        path: folder with config.json, safetensors and a tokenizer.
+
+    Raises:
+        FileNotFoundError: the folder holds no config.json.
+        ImportError: Transformers is not installed or older than 5.
+    """
+    if not (path / "config.json").is_file():
+        got = f"is {path}, which holds no config.json"
+        needs = "a folder with a Hugging Face checkpoint"
+        raise FileNotFoundError(refusal("load_model", "path", got, needs))
+    register()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    stored_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, experts_implementation="octomoe", local_files_only=True
+    )
+    text_config = config.get_text_config()
+    return LoadedModel(
+        model.eval(),
+        # Not verbose: a text longer than the model's context is cut into sequences afterwards.
+        lambda text: tokenizer(text, verbose=False)["input_ids"],
+        text_config.vocab_size,
+        getattr(text_config, "max_position_embeddings", None),
+        stored_dtype.itemsize,
+    )
+
+
 def find_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, module) of every unquantised experts module of the standard interface."""
     for name, module in model.named_modules():
         if all(hasattr(module, attribute) for attribute in _INTERFACE):
             yield name, module
-
-
-class QuantizedExperts(nn.Module):
-    """What `quantize_model` puts in place of an experts module: same call, FP8 weights.
-
-    Weights lie in uint8 buffers, so that moving the model moves them and casting it to another
-    dtype leaves them alone.
-
-    Args:
-        experts: quantised experts.
-        activation_format: format of hidden states and intermediate; None for weight-only.
-        backend: passed to `octomoe.fused_moe`.
-    """
-
-    def __init__(
-        self,
-        experts: ExpertWeights,
-        activation_format: Format | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.activation_format = activation_format
-        self.backend = backend
-        self.num_experts = experts.num_experts
-        self.set_experts(experts)
-
-    def set_experts(self, experts: ExpertWeights) -> None:
-        """Replace the weights."""
-        for name, weight in (("w13", experts.w13), ("w2", experts.w2)):
-            assert isinstance(weight, QTensor)
-            self.register_buffer(f"{name}_data", weight.data.view(torch.uint8))
-            self.register_buffer(f"{name}_scale", weight.scale.view(torch.uint8))
-        self.w13_bias: Tensor | None
-        self.w2_bias: Tensor | None
-        self.register_buffer("w13_bias", experts.w13_bias)
-        self.register_buffer("w2_bias", experts.w2_bias)
-        self._formats = {
-            name: (weight.format, weight.layout)
-            for name, weight in (("w13", experts.w13), ("w2", experts.w2))
-            if isinstance(weight, QTensor)
-        }
-        self._activation = experts.activation
-
-    @property
-    def experts(self) -> ExpertWeights:
-        """The weights as a value, sharing the buffers' memory."""
-        return ExpertWeights(
-            self._weight("w13"),
-            self._weight("w2"),
-            self._activation,
-            self.w13_bias,
-            self.w2_bias,
-        )
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[T, D]``, ids and weights ``[T, A]`` -> ``[T, D]``."""
-        return fused_moe(
-            hidden_states,
-            self.experts,
-            top_k_weights,
-            torch.where(top_k_index < self.num_experts, top_k_index, -1),
-            activation_format=self.activation_format,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        """Sizes and formats, for printing the model."""
-        experts = self.experts
-        activations = "none" if self.activation_format is None else self.activation_format.name
-        return (
-            f"experts={experts.num_experts}, hidden={experts.hidden_size}, "
-            f"intermediate={experts.intermediate_size}, weights={self._formats['w13'][0].name}, "
-            f"activations={activations}"
-        )
-
-    def _weight(self, name: str) -> QTensor:
-        format, layout = self._formats[name]
-        data: Tensor = getattr(self, f"{name}_data")
-        scale: Tensor = getattr(self, f"{name}_scale")
-        return QTensor(
-            data.view(format.element.dtype), scale.view(format.scale_dtype), format, layout
-        )
 
 
 def experts_of(module: Any) -> ExpertWeights:

@@ -45,9 +45,7 @@ def quantize_experts(
             raise ValueError(
                 refusal("quantize_experts", name, f"is {weight.format.name}", needs, do)
             )
-    rows = format.block[1]
-    if rows not in (1, ALL) and experts.activation.gated:
-        experts = experts.pad_width(rows)
+    experts = fit_width(experts, format)
     assert isinstance(experts.w13, Tensor)
     assert isinstance(experts.w2, Tensor)
     return replace(
@@ -55,3 +53,9 @@ def quantize_experts(
         w13=quantize(experts.w13, format, backend=backend),
         w2=quantize(experts.w2, format, backend=backend),
     )
+
+
+def fit_width(experts: ExpertWeights, format: Format) -> ExpertWeights:
+    """Unquantised experts with F rounded up, by zeros, so that `format` keeps gate and up apart."""
+    rows = format.block[1]
+    return experts if rows in (1, ALL) or not experts.activation.gated else experts.pad_width(rows)

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import octomoe
@@ -121,7 +121,6 @@ def test_constants_are_the_design_table(constant: str):
     assert format.num_bytes(RAGGED) == 3 * 130 * 70 + ragged_bytes
 
 
-@settings(deadline=None, derandomize=True)
 @given(format=formats(), shape=st.lists(st.integers(0, 300), min_size=2, max_size=3).map(tuple))
 def test_scale_shape_counts_the_blocks_of_each_axis(format: Format, shape: tuple[int, ...]):
     counts = []
@@ -132,13 +131,11 @@ def test_scale_shape_counts_the_blocks_of_each_axis(format: Format, shape: tuple
     assert format.blocks_of(shape) == tuple(size if b == ALL else b for size, b in sizes)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
 @given(format=formats())
 def test_name_is_read_back(format: Format):
     assert Format.parse(format.name) == format
 
 
-@settings(deadline=None, derandomize=True)
 @given(format=formats())
 def test_derive_changes_what_is_said_and_nothing_else(format: Format):
     other = format.derive(element=E5M2)

@@ -9,7 +9,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,7 +54,6 @@ def bits(scale: Tensor) -> Tensor:
     return scale.view(torch.uint8 if scale.dtype == E8M0 else torch.int32)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
 @given(
     lead=st.lists(st.integers(0, 3), max_size=2),
     rows=st.one_of(st.integers(0, 9), st.integers(120, 270)),
@@ -123,18 +122,16 @@ def test_interleaved_puts_each_scale_where_the_formula_says(
     assert torch.equal(atoms, expected)
 
 
-@pytest.mark.parametrize("layout", ScaleLayout)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_strides_are_those_of_a_fresh_tensor(shape: tuple[int, ...], layout: ScaleLayout):
+@pytest.mark.parametrize("layout", [GEMM_READY, INTERLEAVED])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if prod(shape)])
+def test_packed_strides_are_those_of_a_fresh_tensor(shape: tuple[int, ...], layout: ScaleLayout):
     # Also along axes of size one, which `is_contiguous` ignores: tensor maps are built from
     # strides, and a kernel that writes a layout directly allocates it fresh.
     scale_Xnk = make_inputs(shape, torch.float32)
     transposed_Xnk = scale_Xnk.transpose(-1, -2).contiguous().transpose(-1, -2)
-    for source in (scale_Xnk, transposed_Xnk):
-        packed = pack(source, layout)
+    for source_Xnk in (scale_Xnk, transposed_Xnk):
+        packed = pack(source_Xnk, layout)
         assert packed.stride() == torch.empty(packed.shape).stride()
-        unpacked = unpack(packed, layout, shape)
-        assert unpacked.stride() == torch.empty(shape).stride()
 
 
 @pytest.mark.parametrize("layout", [GEMM_READY, INTERLEAVED])

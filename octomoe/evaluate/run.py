@@ -1,0 +1,70 @@
+"""Measure a model under one scheme: swap its experts, run it, put the originals back."""
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from octomoe.core.experts import ExpertWeights
+from octomoe.core.qtensor import QTensor
+from octomoe.evaluate.compare import Baseline, SchemeResult, measure_layers, measure_text
+from octomoe.evaluate.metrics import WeightQuality, ratio_db, weight_quality
+from octomoe.evaluate.schemes import Scheme, average_expert_scales
+from octomoe.moe.quantized_experts import QuantizedExperts
+from octomoe.ops.quantize_experts import fit_width, quantize_experts
+
+
+def run_scheme(
+    model: nn.Module,
+    originals: dict[str, ExpertWeights],
+    baseline: Baseline,
+    scheme: Scheme,
+    on_batch: Callable[[], None] = lambda: None,
+) -> SchemeResult:
+    """What `scheme` costs this model on the baseline's text.
+
+    Args:
+        model: the unquantised model; its modules are the same again afterwards.
+        originals: name of each experts module -> its weights.
+        baseline: from `measure_baseline` of this model.
+        scheme: formats of weights and activations.
+        on_batch: called after each batch of text.
+    """
+    started = time.monotonic()
+    modules = {name: model.get_submodule(name) for name in originals}
+    qualities: list[WeightQuality] = []
+    signal, noise, num_bytes, num_weights = 0.0, 0.0, 0, 0
+    try:
+        for name, experts in originals.items():
+            original = fit_width(experts, scheme.weights)
+            quantized = quantize_experts(original, scheme.weights)
+            if scheme.averages_scales:
+                quantized = average_expert_scales(quantized)
+            model.set_submodule(name, QuantizedExperts(quantized, scheme.activations))
+            num_bytes += quantized.num_bytes
+            for which in ("w13", "w2"):
+                weight, q = getattr(original, which), getattr(quantized, which)
+                assert isinstance(weight, Tensor)
+                assert isinstance(q, QTensor)
+                num_weights += weight.numel()
+                signal += weight.double().square().sum().item()
+                noise += (weight.double() - q.dequantize().double()).square().sum().item()
+                qualities.append(weight_quality(name, which, weight, q))
+        layers = measure_layers(model, baseline)
+        quality = measure_text(model, baseline, on_batch)
+    finally:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+    return SchemeResult(
+        name=scheme.name,
+        weights=scheme.weights.name,
+        activations=scheme.activations.name if scheme.activations else "",
+        bytes_per_weight=num_bytes / num_weights,
+        sqnr_db=ratio_db(signal, noise),
+        kl=quality.kl,
+        top1=quality.top1,
+        perplexity=quality.perplexity,
+        layer_sqnr_db=layers,
+        weight_quality=qualities,
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,122 @@
+"""`octomoe demo` measures the bundled model, writes its report, and refuses what it cannot use.
+
+The figures are those of the README for the first 64 x 512 tokens; here fewer are run.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from octomoe.cli import app
+from octomoe.evaluate.schemes import SCHEMES
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = EXAMPLES / "tiny-qwen3-moe"
+TEXT = EXAMPLES / "heldout.txt"
+
+
+def run(*arguments):
+    """The command line as a user runs it, refusals included."""
+    return subprocess.run(
+        [sys.executable, "-m", "octomoe", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    report = tmp_path_factory.mktemp("demo") / "report.html"
+    arguments = ["demo", "--tokens", "4096", "--report", str(report), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout), result.stderr, report
+
+
+def test_every_scheme_is_measured(demo):
+    comparison, _, _ = demo
+    assert [r["name"] for r in comparison["results"]] == [s.name for s in SCHEMES]
+    assert comparison["num_tokens"] == 4096
+
+
+def test_sound_schemes_cost_little_and_the_averaged_one_collapses(demo):
+    comparison, _, _ = demo
+    for result in comparison["results"]:
+        if result["name"] == "channel, scales averaged":
+            assert result["kl"] > 0.1
+            assert result["perplexity"] > 1.1 * comparison["perplexity"]
+            assert result["sqnr_db"] < 15
+        else:
+            assert result["kl"] < 0.01
+            assert result["perplexity"] == pytest.approx(comparison["perplexity"], rel=0.01)
+            assert result["sqnr_db"] > 31
+            assert min(result["layer_sqnr_db"].values()) > 22
+            assert 1.0 < result["bytes_per_weight"] < 1.04
+
+
+def test_the_table_and_the_report_reach_the_user(demo):
+    _, stderr, report = demo
+    assert "block128 × group128" in stderr
+    assert str(report) in stderr.replace("\n", "")
+    assert report.read_text(encoding="utf-8").count("channel, scales averaged") >= 1
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    result = run("demo", "--model", MODEL, "--text", text)
+    assert result.returncode == 1
+    assert "needs at least one of 512 tokens; give a longer text" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_binary_file_is_no_text(tmp_path):
+    text = tmp_path / "binary"
+    text.write_bytes(b"\xff\xfe\x00")
+    result = run("demo", "--text", text)
+    assert result.returncode == 1
+    assert "which is not UTF-8" in result.stderr
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    result = run("demo", "--model", tmp_path, "--text", TEXT)
+    assert result.returncode == 1
+    assert "holds no config.json, but needs a folder with a Hugging Face checkpoint" in (
+        result.stderr
+    )
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "qwen3",
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((MODEL / name).read_bytes())
+    result = run("demo", "--model", tmp_path)
+    assert result.returncode == 1
+    assert "no experts" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--sequence", "2048", "--sequence is 2048, but needs at most 1024"),
+        ("--report", "no/such/folder/report.html", "needs a file in an existing folder"),
+        ("--text", "no-such-file.txt", "No such file or directory: 'no-such-file.txt'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_work(option, value, message):
+    result = run("demo", option, value)
+    assert result.returncode == 1
+    assert message in result.stderr
