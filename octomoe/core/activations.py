@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 from typing import Final, Self
 
 from octomoe.errors import refusal
@@ -50,11 +51,20 @@ class Activation:
     up_offset: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind not in tuple(ActivationKind):
+            needs = "one of: " + ", ".join(ActivationKind)
+            raise ValueError(refusal("Activation", "kind", f"is {self.kind!r}", needs))
+        for name, value in (("alpha", self.alpha), ("up_offset", self.up_offset)):
+            if not isfinite(value):
+                raise ValueError(refusal("Activation", name, f"is {value}", "a finite value"))
         if self.alpha != 1.0 and self.kind != ActivationKind.SILU:
             raise ValueError(refusal("Activation", "alpha", f"is {self.alpha:g}", "kind silu"))
         if not self.gated and (self.limit is not None or self.up_offset):
             needs = "gated=True, since both act on gate and up"
             raise ValueError(refusal("Activation", "limit or up_offset", "is given", needs))
+        if self.limit is None and self.limit_on != LimitOn.INPUT:
+            needs = "a limit to apply there"
+            raise ValueError(refusal("Activation", "limit_on", f"is {self.limit_on}", needs))
         if self.limit is not None and not self.limit > 0:
             raise ValueError(refusal("Activation", "limit", f"is {self.limit}", "a positive value"))
 

@@ -14,6 +14,8 @@ from octomoe.errors import refusal
 
 Weight = QTensor | Tensor
 
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, slots=True)
 class RowOrder:
@@ -53,6 +55,7 @@ class ExpertWeights:
         w2_input_scale: the same for what enters the down-projection.
 
     Raises:
+        TypeError: a weight is neither a QTensor nor bf16, fp16 or float32.
         ValueError: shapes or devices do not fit together.
 
     Other arrangements are converted by `ExpertWeights.arrange`.
@@ -82,6 +85,11 @@ class ExpertWeights:
             )
             do = "transposed or interleaved weights go through ExpertWeights.arrange"
             raise ValueError(refusal("ExpertWeights", "w2", got, needs, do))
+        for name, weight in (("w13", self.w13), ("w2", self.w2)):
+            if isinstance(weight, Tensor) and weight.dtype not in _FLOATS:
+                needs = "a QTensor, or float32, bfloat16 or float16"
+                got = f"has dtype {weight.dtype}"
+                raise TypeError(refusal("ExpertWeights", name, got, needs))
         for name, bias, shape in (
             ("w13_bias", self.w13_bias, (num_experts, width)),
             ("w2_bias", self.w2_bias, (num_experts, hidden_size)),
@@ -97,9 +105,16 @@ class ExpertWeights:
                 got = f"is {scale.dtype} of shape {tuple(scale.shape)}"
                 do = "of several experts' static scales, engines use the largest"
                 raise ValueError(refusal("ExpertWeights", name, got, "one float32 element", do))
-        if self.w2.device != self.w13.device:
-            got = f"is on {self.w2.device}"
-            raise ValueError(refusal("ExpertWeights", "w2", got, f"w13's device {self.w13.device}"))
+        for name, tensor in (
+            ("w2", self.w2),
+            ("w13_bias", self.w13_bias),
+            ("w2_bias", self.w2_bias),
+            ("w13_input_scale", self.w13_input_scale),
+            ("w2_input_scale", self.w2_input_scale),
+        ):
+            if tensor is not None and tensor.device != self.w13.device:
+                needs = f"w13's device {self.w13.device}"
+                raise ValueError(refusal("ExpertWeights", name, f"is on {tensor.device}", needs))
 
     @classmethod
     def arrange(
@@ -129,11 +144,15 @@ class ExpertWeights:
         """
         if is_transposed:
             w13, w2 = _transpose(w13), _transpose(w2)
-        if row_order != GATE_UP and activation.gated:
-            order = _gate_up_order(w13.shape[1], row_order, w13.device)
-            w13 = _take_rows(w13, order, row_order)
-            w13_bias = None if w13_bias is None else w13_bias[:, order]
-        return cls(w13, w2, activation, w13_bias, w2_bias)
+        given = cls(w13, w2, activation, w13_bias, w2_bias)
+        if row_order == GATE_UP or not activation.gated:
+            return given
+        order = _gate_up_order(w13.shape[1], row_order, w13.device)
+        return replace(
+            given,
+            w13=_take_rows(w13, order, row_order),
+            w13_bias=None if w13_bias is None else w13_bias[:, order],
+        )
 
     @property
     def num_experts(self) -> int:
@@ -163,6 +182,8 @@ class ExpertWeights:
     def append(self, shared: "ExpertWeights") -> "ExpertWeights":
         """These experts followed by shared ones of the same width, in the same format.
 
+        Scales become COMPACT; of two static input scales the larger is kept.
+
         Route to the shared ones with `append_shared_experts`.
 
         Raises:
@@ -183,6 +204,8 @@ class ExpertWeights:
             w2=_cat(self.w2, shared.w2),
             w13_bias=_cat_bias(self.w13_bias, shared.w13_bias),
             w2_bias=_cat_bias(self.w2_bias, shared.w2_bias),
+            w13_input_scale=_larger(self.w13_input_scale, shared.w13_input_scale),
+            w2_input_scale=_larger(self.w2_input_scale, shared.w2_input_scale),
         )
 
     def pad_width(self, multiple: int) -> "ExpertWeights":
@@ -192,7 +215,13 @@ class ExpertWeights:
 
         Raises:
             TypeError: the weights are quantised.
+            ValueError: the multiple is not positive.
         """
+        if multiple < 1:
+            needs = "a positive size"
+            raise ValueError(
+                refusal("ExpertWeights.pad_width", "multiple", f"is {multiple}", needs)
+            )
         extra = -self.intermediate_size % multiple
         if extra == 0:
             return self
@@ -215,17 +244,17 @@ class ExpertWeights:
 
 def _transpose(weight: Weight) -> Weight:
     if isinstance(weight, Tensor):
-        return weight.transpose(1, 2).contiguous()
+        return weight.transpose(-1, -2).contiguous()
     experts, rows, columns = weight.format.block
     flipped = replace(weight.format, block=(experts, columns, rows))
-    scale = weight.compact_scale.transpose(1, 2).contiguous()
-    return QTensor(weight.data.transpose(1, 2).contiguous(), scale, flipped)
+    scale = weight.compact_scale.transpose(-1, -2).contiguous()
+    return QTensor(weight.data.transpose(-1, -2).contiguous(), scale, flipped)
 
 
 def _gate_up_order(num_rows: int, row_order: RowOrder, device: torch.device) -> Tensor:
     """Row indices that bring rows in `row_order` to gate-then-up."""
     chunk = row_order.chunk or num_rows // 2
-    if chunk == 0 or num_rows % (2 * chunk):
+    if chunk < 1 or num_rows % (2 * chunk):
         got = f"has {num_rows} rows"
         needs = f"a multiple of {2 * chunk} for chunks of {chunk} gate and {chunk} up rows"
         raise ValueError(refusal("ExpertWeights.arrange", "w13", got, needs))
@@ -266,13 +295,18 @@ def _cat_bias(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
     return None if ours is None or theirs is None else torch.cat([ours, theirs])
 
 
+def _larger(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    return None if ours is None or theirs is None else torch.maximum(ours, theirs)
+
+
 def _describe(experts: ExpertWeights) -> str:
     """What must agree for two groups of experts to be run as one, in words."""
     w13, w2 = experts.w13, experts.w2
     formats = [w.format if isinstance(w, QTensor) else w.dtype for w in (w13, w2)]
     names = [f.name if isinstance(f, Format) else str(f) for f in formats]
-    biases = experts.w13_bias is not None, experts.w2_bias is not None
+    options = ("w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")
+    given = [name for name in options if getattr(experts, name) is not None]
     return (
-        f"w13 [E, {w13.shape[1]}, {w13.shape[2]}] {names[0]}, w2 {names[1]}, "
-        f"activation {experts.activation.name}, biases {biases}"
+        f"w13 [E, {w13.shape[1]}, {w13.shape[2]}] {names[0]}, w2 {names[1]} on {w13.device}, "
+        f"activation {experts.activation.name}, with {', '.join(given) or 'no bias'}"
     )

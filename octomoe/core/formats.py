@@ -12,8 +12,9 @@ and blocks of 32. E8M0 scales are rounded up ("RCEIL"), so no element ever satur
 import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from math import prod
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import torch
 
@@ -104,7 +105,11 @@ class Format:
     target_max: float = field(default=0.0)
 
     def __post_init__(self) -> None:
-        if any(size < 1 and size != ALL for size in self.block):
+        object.__setattr__(self, "block", tuple(self.block))
+        if self.rounding not in tuple(Rounding):
+            needs = "exact or pow2"
+            raise ValueError(refusal("Format", "rounding", f"is {self.rounding!r}", needs))
+        if len(self.block) != 3 or any(size < 1 and size != ALL for size in self.block):
             raise ValueError(
                 refusal("Format", "block", f"is {self.block}", "three positive sizes or ALL")
             )
@@ -124,14 +129,14 @@ class Format:
     def derive(
         self,
         *,
-        rounding: Rounding | str | None = None,
+        rounding: Rounding | Literal["exact", "pow2"] | None = None,
         element: Element | None = None,
         target_max: float = 0.0,
     ) -> Self:
         """The same block with another rounding, element or target; the rest follows."""
         return replace(
             self,
-            rounding=self.rounding if rounding is None else Rounding(rounding),
+            rounding=self.rounding if rounding is None else rounding,
             element=self.element if element is None else element,
             target_max=target_max,
         )
@@ -154,7 +159,7 @@ class Format:
         if self.rounding == Rounding.POW2 and not is_mx:
             parts.append("pow2")
         if self.target_max != _default_target(self.element, self.rounding):
-            parts.append(f"max{self.target_max:g}")
+            parts.append(f"max{self.target_max!r}".removesuffix(".0"))
         return "-".join(parts)
 
     @classmethod
@@ -170,25 +175,7 @@ class Format:
         >>> Format.parse("channel") == FP8_ROW
         True
         """
-        base, *parts = name.strip().lower().split("-")
-        if base not in _BASE_KEYS and f"fp8_{base}" in (_BASE_KEYS | _ALIASES):
-            base = f"fp8_{base}"
-        key = _BASE_KEYS.get(_ALIASES.get(base, base)) or _parse_custom_block(base)
-        if key is None:
-            raise ValueError(_unknown_name(name))
-        scale_dtype, block = key
-        rounding = Rounding.POW2 if scale_dtype == torch.float8_e8m0fnu else Rounding.EXACT
-        element, target_max = E4M3FN, 0.0
-        for part in parts:
-            if part in _ELEMENTS:
-                element = _ELEMENTS[part]
-            elif part == "pow2":
-                rounding = Rounding.POW2
-            elif re.fullmatch(r"max\d+(\.\d+)?", part):
-                target_max = float(part.removeprefix("max"))
-            else:
-                raise ValueError(_unknown_name(name))
-        return cls(block, scale_dtype, element, rounding, target_max)
+        return cls(*_parse(name))
 
     @property
     def min_scale(self) -> float:
@@ -226,6 +213,31 @@ class Format:
 
 def _default_target(element: Element, rounding: Rounding) -> float:
     return element.pow2_target if rounding == Rounding.POW2 else element.max
+
+
+@cache
+def _parse(name: str) -> tuple[Block, torch.dtype, Element, Rounding, float]:
+    """The fields of the format spelled `name`. Kept: ops parse names at every call."""
+    # A minus before a digit belongs to a number such as 1e-05.
+    base, *parts = re.split(r"-(?=[a-z])", name.strip().lower())
+    if base not in _BASE_KEYS and f"fp8_{base}" in (_BASE_KEYS | _ALIASES):
+        base = f"fp8_{base}"
+    key = _BASE_KEYS.get(_ALIASES.get(base, base)) or _parse_custom_block(base)
+    if key is None:
+        raise ValueError(_unknown_name(name))
+    scale_dtype, block = key
+    rounding = Rounding.POW2 if scale_dtype == torch.float8_e8m0fnu else Rounding.EXACT
+    element, target_max = E4M3FN, 0.0
+    for part in parts:
+        if part in _ELEMENTS:
+            element = _ELEMENTS[part]
+        elif part == "pow2":
+            rounding = Rounding.POW2
+        elif re.fullmatch(r"max\d+(\.\d+)?(e[+-]?\d+)?", part):
+            target_max = float(part.removeprefix("max"))
+        else:
+            raise ValueError(_unknown_name(name))
+    return block, scale_dtype, element, rounding, target_max
 
 
 def _parse_custom_block(base: str) -> tuple[torch.dtype, Block] | None:

@@ -3,7 +3,7 @@
 For a COMPACT scale of shape ``[*lead, rows, columns]``:
 
     COMPACT      [*lead, rows, columns]                          what is stored and dispatched
-    GEMM_READY   [*lead, columns, roundup(rows, 4)]              scale-major; what TMA loads
+    GEMM_READY   [*lead, columns, roundup(rows, 16 bytes)]       scale-major; what TMA loads
     INTERLEAVED  [*lead, ceil(rows/128), ceil(columns/4), 32, 16]  128x4 atoms of 512 bytes for
                  tensor cores that take scales: scale (row, column) of an atom lies at
                  byte ``(row % 32) * 16 + (row // 32) * 4 + column`` (for one-byte scales)
@@ -33,23 +33,27 @@ COMPACT = ScaleLayout.COMPACT
 GEMM_READY = ScaleLayout.GEMM_READY
 INTERLEAVED = ScaleLayout.INTERLEAVED
 
-_ROW_ALIGN = 4
+_ROW_BYTES = 16
 _ATOM_ROWS = 128
 _ATOM_COLUMNS = 4
 
 
-def packed_shape(scale_shape: tuple[int, ...], layout: ScaleLayout) -> tuple[int, ...]:
-    """Shape that a COMPACT scale of `scale_shape` has in `layout`.
+def packed_shape(
+    scale_shape: tuple[int, ...], layout: ScaleLayout, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Shape that a COMPACT scale of `scale_shape` and `dtype` has in `layout`.
 
-    >>> packed_shape((5, 3), GEMM_READY), packed_shape((130, 5), INTERLEAVED)
-    ((3, 8), (2, 2, 32, 16))
+    >>> packed_shape((5, 3), GEMM_READY, torch.float32)
+    (3, 8)
+    >>> packed_shape((5, 3), GEMM_READY, torch.float8_e8m0fnu)
+    (3, 16)
     """
     *lead, rows, columns = scale_shape
     match layout:
         case ScaleLayout.COMPACT:
             return tuple(scale_shape)
         case ScaleLayout.GEMM_READY:
-            return (*lead, columns, _round_up(rows, _ROW_ALIGN))
+            return (*lead, columns, _round_up(rows, _ROW_BYTES // dtype.itemsize))
         case ScaleLayout.INTERLEAVED:
             return (*lead, -(-rows // _ATOM_ROWS), -(-columns // _ATOM_COLUMNS), 32, 16)
 
@@ -69,10 +73,12 @@ def pack(scale: Tensor, layout: ScaleLayout) -> Tensor:
         case ScaleLayout.COMPACT:
             return scale.contiguous()
         case ScaleLayout.GEMM_READY:
-            padded = _pad_bytes(scale, _round_up(rows, _ROW_ALIGN), columns)
-            return padded.transpose(-1, -2).contiguous()
+            num_rows = packed_shape((rows, columns), layout, scale.dtype)[1]
+            padded = _pad_bytes(scale, num_rows, columns)
+            # clone, not contiguous: with one column the latter would keep its stride of 1.
+            return padded.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
         case ScaleLayout.INTERLEAVED:
-            num_row_atoms, num_column_atoms = packed_shape((rows, columns), layout)[:2]
+            num_row_atoms, num_column_atoms = packed_shape((rows, columns), layout, scale.dtype)[:2]
             padded = _pad_bytes(scale, num_row_atoms * _ATOM_ROWS, num_column_atoms * _ATOM_COLUMNS)
             # (row atom, row // 32, row % 32, column atom, column % 4) of every scale.
             atoms = padded.reshape(*lead, num_row_atoms, 4, 32, num_column_atoms, _ATOM_COLUMNS)
@@ -85,7 +91,7 @@ def unpack(packed: Tensor, layout: ScaleLayout, scale_shape: tuple[int, ...]) ->
     """The COMPACT scale of shape `scale_shape` that `pack` laid out; drops the padding.
 
     Args:
-        packed: tensor of shape ``packed_shape(scale_shape, layout)``.
+        packed: tensor of shape ``packed_shape(scale_shape, layout, packed.dtype)``.
         layout: the layout it is in.
         scale_shape: shape of the COMPACT scale.
 
@@ -95,7 +101,7 @@ def unpack(packed: Tensor, layout: ScaleLayout, scale_shape: tuple[int, ...]) ->
     Raises:
         ValueError: `packed` has another shape.
     """
-    expected = packed_shape(scale_shape, layout)
+    expected = packed_shape(scale_shape, layout, packed.dtype)
     if tuple(packed.shape) != expected:
         needs = f"{expected} for a {layout} scale of {tuple(scale_shape)}"
         raise ValueError(refusal("unpack", "packed", f"has shape {tuple(packed.shape)}", needs))

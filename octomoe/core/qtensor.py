@@ -18,7 +18,7 @@ class QTensor:
     Attributes:
         data: ``[rows, columns]`` or ``[experts, rows, columns]``, dtype ``format.element.dtype``.
         scale: dtype ``format.scale_dtype``, shape
-            ``packed_shape(format.scale_shape(data.shape), layout)``.
+            ``packed_scale_shape(format, layout, data.shape)``.
         format: what the numbers mean.
         layout: where the scales lie.
 
@@ -45,7 +45,7 @@ class QTensor:
             if tensor.dtype != dtype:
                 needs = f"{dtype} for {self.format.name}"
                 raise TypeError(refusal("QTensor", name, f"has dtype {tensor.dtype}", needs))
-        expected = packed_shape(self.format.scale_shape(tuple(self.data.shape)), self.layout)
+        expected = packed_scale_shape(self.format, self.layout, tuple(self.data.shape))
         if tuple(self.scale.shape) != expected:
             got = f"has shape {tuple(self.scale.shape)}"
             needs = (
@@ -84,7 +84,9 @@ class QTensor:
             scale = scale.view(format.scale_dtype)
         shape = format.scale_shape(tuple(data.shape))
         # Only trailing or leading ones are added: a shape is never guessed from a count.
-        lacks_ones = tuple(scale.shape) in (shape[:-1], shape[:-2]) and format.block[2] == ALL
+        given = tuple(scale.shape)
+        rest = shape[len(given) :]
+        lacks_ones = given == shape[: len(given)] and set(rest) == {1} and format.block[2] == ALL
         is_single = scale.numel() == 1 and set(shape) == {1}
         if lacks_ones or is_single:
             scale = scale.reshape(shape)
@@ -125,11 +127,15 @@ class QTensor:
 
         Raises:
             ValueError: the value is not 3-D.
+            IndexError: there is no such expert.
         """
         if self.data.dim() != 3:
             needs = "(experts, rows, columns)"
             got = f"has shape {tuple(self.data.shape)}"
             raise ValueError(refusal("QTensor.expert", "data", got, needs))
+        if not 0 <= index < self.data.shape[0]:
+            needs = f"0 to {self.data.shape[0] - 1}"
+            raise IndexError(refusal("QTensor.expert", "index", f"is {index}", needs))
         (block, _, _) = self.format.blocks_of(tuple(self.data.shape))
         return QTensor(self.data[index], self.compact_scale[index // block], self.format)
 
@@ -137,6 +143,18 @@ class QTensor:
         """``data * scale``, computed in float32 and rounded once to `dtype`."""
         scale = expand_scale(self.compact_scale, self.format, tuple(self.data.shape))
         return (self.data.to(torch.float32) * scale).to(dtype)
+
+
+def packed_scale_shape(
+    format: Format, layout: ScaleLayout, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Shape of the scale, in `layout`, of data of `shape`.
+
+    >>> from octomoe import GEMM_READY, MXFP8
+    >>> packed_scale_shape(MXFP8, GEMM_READY, (30, 128))
+    (4, 32)
+    """
+    return packed_shape(format.scale_shape(shape), layout, format.scale_dtype)
 
 
 def expand_scale(scale: Tensor, format: Format, shape: tuple[int, ...]) -> Tensor:

@@ -1,121 +1,41 @@
 """Pictures of a comparison. Each function takes a `Comparison` and returns one inline SVG.
 
-Text stays text, so that it can be searched and read aloud. Ids carry the picture's name, so that
-several share a page. Colours are CSS variables with a default, so that a page may darken them. The
-same comparison gives the same bytes. A picture that would show nothing is the empty string.
+A picture that would show nothing is the empty string.
 """
 
-import io
-import re
-from collections.abc import Callable
-from html import escape
-from math import ceil, inf, isfinite, isnan, log2, nan
+from collections.abc import Callable, Iterable
+from math import ceil, floor, inf, isnan, log2, log10, nan
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Final
 
-from octomoe.errors import missing_package
 from octomoe.evaluate.compare import Comparison, SchemeResult
-from octomoe.evaluate.schemes import SCHEMES
+from octomoe.evaluate.drawing import (
+    KINDS,
+    by_kl,
+    colour_of,
+    draw_svg,
+    finite_range,
+    fit,
+    kind_of,
+    label_ends,
+    mark_kinds,
+    mark_layers,
+    number,
+    percent,
+    perplexity_change,
+    power,
+    short_layer_names,
+)
+from octomoe.evaluate.metrics import WeightQuality
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What a scheme quantises -> its name and colour.
-KINDS: Final = {
-    "weights": ("weights only", "#2a6fb5"),
-    "both": ("weights and activations", "#b9770e"),
-    "averaged": ("scales averaged over experts", "#c0264b"),
-}
-INK, MUTED, RULE = "#1f2937", "#6b7280", "#d9dde3"
-_VARIABLES: Final = {
-    "ink": INK,
-    "muted": MUTED,
-    "rule": RULE,
-    **{kind: colour for kind, (_, colour) in KINDS.items()},
-}
-_STYLE: Final[dict[str, Any]] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "legend.frameon": False,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 9.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-}
-_AVERAGED: Final = {scheme.name for scheme in SCHEMES if scheme.averages_scales}
 # What lies this many dB under the best is left off a shared scale, which it would flatten.
 _FAR_DB: Final = 12.0
-
-
-def kind_of(result: SchemeResult) -> str:
-    """Key of `KINDS`: what the scheme quantises, or that it averages scales."""
-    if result.name in _AVERAGED:
-        return "averaged"
-    return "both" if result.activations else "weights"
-
-
-def perplexity_change(result: SchemeResult, comparison: Comparison) -> float:
-    """Change of the perplexity against the unquantised model's, in per cent."""
-    return 100.0 * (result.perplexity / comparison.perplexity - 1.0)
-
-
-def by_kl(result: SchemeResult) -> tuple[float, float]:
-    """Sort key: least KL first, then fewest bytes; a KL that is not a number is the worst."""
-    return (inf if isnan(result.kl) else result.kl, result.bytes_per_weight)
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`value` to some significant digits; powers of ten only where it is tiny or huge.
-
-    >>> number(0.0028), number(-12.345), number(98765.4), number(1.2e-7), number(float("-inf"))
-    ('0.00280', '−12.3', '98,765', '1.20×10⁻⁷', '−∞')
-    """
-    if value == 0.0 or not isfinite(value):
-        text = f"{value:g}".replace("inf", "∞")
-    elif not 1e-4 <= abs(value) < 1e7:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        text = f"{mantissa}×10{_superscript(int(exponent))}"
-    elif abs(value) >= 10 ** (digits - 1):
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:#.{digits}g}".rstrip(".")
-    return text.replace("-", "−")
-
-
-def percent(value: float) -> str:
-    """A change in per cent, with its sign: hundredths, or three digits where it is large.
-
-    >>> percent(0.094), percent(-3.0), percent(812.3)
-    ('+0.09', '−3.00', '+812')
-    """
-    text = f"{abs(value):.2f}" if abs(value) < 10 else number(abs(value))
-    return ("−" if value < 0 and text != "0.00" else "+") + text
-
-
-def short_layer_names(names: list[str]) -> list[str]:
-    """The parts of dotted names that tell the layers apart.
-
-    >>> short_layer_names(["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"])
-    ['layer 0', 'layer 1']
-    """
-    split = [name.split(".") for name in names]
-    columns = list(zip(*split, strict=False))
-    kept = [i for i, column in enumerate(columns) if len(set(column)) > 1]
-    kept = kept or [i for i, column in enumerate(columns) if column[0].isdigit()][:1]
-    short = [".".join(parts[i] for i in kept) for parts in split]
-    if len({len(parts) for parts in split}) != 1 or not kept:
-        return names
-    return [f"layer {name}" if name.isdigit() else name for name in short]
+# More experts than this (over all layers) are drawn as one line per layer.
+_MAX_DETAILED: Final = 400
 
 
 def plot_cost(comparison: Comparison) -> str:
@@ -126,21 +46,21 @@ def plot_cost(comparison: Comparison) -> str:
 
     def draw(figure: "Figure") -> None:
         left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[5, 4, 3])
-        left.set_yticks(range(len(results)), [_fit(r.name, 40) for r in results])
+        left.set_yticks(range(len(results)), [fit(r.name, 40) for r in results])
         left.set_ylim(len(results) - 0.4, -0.6)
         left.set_xscale("log")
         _dots(left, results, [r.kl for r in results], number)
         left.set_title("KL in nats, logarithmic")
         middle.set_xscale("symlog", linthresh=0.1)
-        changes = [perplexity_change(r, comparison) for r in results]
-        _dots(middle, results, changes, percent)
+        _dots(middle, results, [perplexity_change(r, comparison) for r in results], percent)
         middle.set_title("change of perplexity in %")
+        middle.xaxis.get_major_locator().set_params(numticks=6)
         _dots(right, results, [r.bytes_per_weight for r in results], "{:.3f}".format)
         right.set_title(f"bytes per weight (was {comparison.bytes_per_weight:g})")
-        _legend(figure, results)
+        mark_kinds(figure, {kind_of(r) for r in results})
 
     label = "KL, change of perplexity and bytes per weight of every scheme"
-    return _svg("cost", label, 1.3 + 0.26 * len(results), draw)
+    return draw_svg("cost", label, 1.3 + 0.26 * len(results), draw)
 
 
 def plot_weights(comparison: Comparison) -> str:
@@ -152,21 +72,22 @@ def plot_weights(comparison: Comparison) -> str:
     weights = list(dict.fromkeys(q.weight for q in panels[0].weight_quality))
     num_columns = min(4, len(panels))
     num_rows = ceil(len(panels) / num_columns)
-    low, high = _shared_range([_flat_sqnr(r) for r in panels])
+    low, high = _shared_range([_all_sqnr(r) for r in panels])
 
     def draw(figure: "Figure") -> None:
         grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
         for axes, result in zip(grid.flat, panels, strict=False):
-            image = _heat_map(axes, result, layers, weights, low, high)
+            image = _heat_map(axes, result, layers, weights, (low, high))
         for axes in grid.flat[len(panels) :]:
             axes.remove()
         for axes in grid[-1]:
             axes.set_xlabel("expert")
+        figure.get_layout_engine().set(h_pad=0.08)
         figure.colorbar(image, ax=grid, label="SQNR in dB", extend="min", fraction=0.03)
 
     height = min(max(0.2 * (len(weights) * len(layers) + 1), 1.0), 2.6) + 0.45
     label = "SQNR of every expert's weights, in dB, for each weight format"
-    return _svg("weights", label, 0.4 + num_rows * height, draw)
+    return draw_svg("weights", label, 0.4 + num_rows * height, draw)
 
 
 def plot_scales(comparison: Comparison) -> str:
@@ -187,77 +108,50 @@ def plot_scales(comparison: Comparison) -> str:
             for q in (q for q in result.weight_quality if q.weight == weight):
                 _scale_bars(axes, layers.index(q.layer), q, len(layers))
             axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(lambda value, _: f"2{_superscript(round(log2(value)))}")
+            axes.yaxis.set_major_formatter(lambda value, _: power(2, round(log2(value))))
             axes.grid(axis="y")
-            axes.set_title(f"{weight}, scales of {_fit(result.name, 40)}")
+            axes.set_title(f"{weight}, scales of “{fit(result.name, 40)}”")
         medians = [s for q in result.weight_quality for s in q.scale_median if 0 < s < inf]
         bottom, top = axes.get_ylim()
         # Blocks of zeros have the least scale there is: the axis does not follow them down.
-        axes.set_ylim(max(bottom, min(medians) / 64), min(top, max(medians) * 1024))
+        axes.set_ylim(max(bottom, min(medians) / 64), top)
         axes.set_xlim(-0.6, len(layers) - 0.4)
-        _layer_ticks(axes, layers)
+        mark_layers(axes, layers)
 
     label = "Spread of the scales over the experts of each layer"
-    return _svg("scales", label, 0.7 + 1.9 * len(weights), draw)
+    return draw_svg("scales", label, 0.7 + 1.9 * len(weights), draw)
 
 
 def plot_layers(comparison: Comparison) -> str:
-    """SQNR in dB of each layer's output: a line per scheme, a panel per kind of scheme."""
+    """SQNR in dB of each layer's output: a line per scheme, a panel per kind of scheme.
+
+    Lines far below the others have a panel of their own, on another scale.
+    """
     results = [r for r in comparison.results if r.layer_sqnr_db]
     if not results:
         return ""
     layers = list(dict.fromkeys(name for r in results for name in r.layer_sqnr_db))
-    values = {r.name: [r.layer_sqnr_db.get(name, nan) for name in layers] for r in results}
-    low, high = _finite_range(v for line in values.values() for v in line)
-    panels = [[r for r in results if bool(r.activations) == both] for both in (False, True)]
-    panels = [panel for panel in panels if panel]
+    near, far = _split_far(results)
+    panels = {
+        KINDS[kind][0]: [r for r in near if bool(r.activations) == (kind == "both")]
+        for kind in ("weights", "both")
+    }
+    panels = {title: panel for title, panel in panels.items() if panel}
+    below = "far below, on another scale"
+    rows = [list(panels)] + ([[below] * len(panels)] if far else [])
 
     def draw(figure: "Figure") -> None:
-        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-        for axes, panel in zip(grid.flat, panels, strict=True):
-            for r in panel:
-                style = "--" if kind_of(r) == "averaged" else "-"
-                colour = KINDS[kind_of(r)][1]
-                line = [min(max(v, low), high) for v in values[r.name]]
-                axes.plot(line, style, marker="o", markersize=2.5, linewidth=1, color=colour)
-            axes.set_ylim(low - 1, high + 1)
-            axes.grid(axis="y")
-            axes.set_title(KINDS["both" if panel[0].activations else "weights"][0])
-            _layer_ticks(axes, layers)
-            _label_lines(axes, {_fit(r.name, 28): values[r.name][-1] for r in panel}, low, high)
-        grid[0, 0].set_ylabel("SQNR of the output in dB")
+        grid = figure.subplot_mosaic(rows, height_ratios=[3.4, 1.2][: len(rows)])
+        for title, panel in panels.items():
+            _lines(grid[title], panel, layers, _layer_range(near))
+        if far:
+            _lines(grid[below], far, layers, _layer_range(far))
+        for title, axes in grid.items():
+            axes.set_title(title)
+            axes.set_ylabel("SQNR in dB")
 
-    return _svg("layers", "SQNR of each layer's output, in dB, for every scheme", 4.2, draw)
-
-
-def _svg(name: str, label: str, height: float, draw: Callable[["Figure"], None]) -> str:
-    """Draw on a figure of 10 by `height` inches and return its SVG, made fit for a page."""
-    try:
-        import matplotlib.style
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        install = "pip install 'octomoe[report]'"
-        message = missing_package(f"plot_{name}", "matplotlib", "3.9", install)
-        raise ImportError(message) from error
-    buffer = io.StringIO()
-    with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
-        figure = Figure(figsize=(10, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure)
-        unwanted = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=unwanted)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg).replace("*{", f"#{name} *{{")
-    for variable, colour in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable}, {colour})")
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert box is not None
-    head = f'<svg id="{name}" xmlns="http://www.w3.org/2000/svg" role="img" {box.group()}'
-    xlink = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-    head += f' {xlink} aria-label="{escape(label)}"><title>{escape(label)}</title>'
-    return head + svg[svg.index(">") + 1 :]
+    label = "SQNR of each layer's output in dB, for every scheme"
+    return draw_svg("layers", label, 5.6 if far else 4.0, draw)
 
 
 def _dots(
@@ -265,13 +159,12 @@ def _dots(
 ) -> None:
     """A dot per row with its value beside it; what the axis cannot show is a cross at its end."""
     is_log = axes.get_xscale() == "log"
-    low, high = _finite_range(v for v in values if v > 0 or not is_log)
+    low, high = finite_range(v for v in values if v > 0 or not is_log)
     if is_log:
         low, high = 10.0 ** floor(log10(low)), 10.0 ** ceil(log10(high))
     for row, (result, value) in enumerate(zip(results, values, strict=True)):
-        x = min(max(value, low), high) if value == value else high
-        colour = KINDS[kind_of(result)][1]
-        axes.plot(x, row, "o" if x == value else "x", color=colour, markersize=5)
+        x = high if isnan(value) else min(max(value, low), high)
+        axes.plot(x, row, "o" if x == value else "x", color=colour_of(result), markersize=5)
         axes.annotate(
             text(value), (x, row), (6, 0), textcoords="offset points", va="center", fontsize=8
         )
@@ -285,41 +178,78 @@ def _dots(
     axes.tick_params(axis="y", length=0)
 
 
+def _distinct_weights(results: list[SchemeResult]) -> list[SchemeResult]:
+    """One result per weight format, averaged or not; weight-only ones where there are some."""
+    distinct: dict[tuple[str, bool], SchemeResult] = {}
+    for r in sorted(results, key=lambda r: bool(r.activations)):
+        if any(q.sqnr_db for q in r.weight_quality):
+            distinct.setdefault((r.weights, kind_of(r) == "averaged"), r)
+    return list(distinct.values())
+
+
+def _no_nan(values: Iterable[float]) -> list[float]:
+    """The values; what is not a number is as bad as can be."""
+    return [-inf if isnan(v) else v for v in values]
+
+
+def _all_sqnr(result: SchemeResult) -> list[float]:
+    """SQNR of every expert's weights."""
+    return _no_nan(v for q in result.weight_quality for v in q.sqnr_db)
+
+
+def _shared_range(panels: list[list[float]]) -> tuple[float, float]:
+    """Range in dB that shows every panel but those far below the best."""
+    best = finite_range(median(values) for values in panels)[1]
+    near = [v for values in panels if median(values) >= best - _FAR_DB for v in values]
+    low, high = finite_range(near)
+    # A range of less than one dB would make much of nothing.
+    return min(max(low, best - _FAR_DB), high - 1.0), high
+
+
 def _heat_map(
     axes: "Axes",
     result: SchemeResult,
     layers: list[str],
     weights: list[str],
-    low: float,
-    high: float,
+    limits: tuple[float, float],
 ) -> Any:
     """Rows are layers, a block per weight; columns are experts. Returns the image."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    sqnr = {(q.weight, q.layer): _no_nan(q.sqnr_db) for q in result.weight_quality}
+    low, high = limits
+    sqnr = {(q.weight, q.layer): q.sqnr_db for q in result.weight_quality}
     width = max(map(len, sqnr.values()))
-    gap = ceil(len(layers) / 20)
-    step = ceil(len(layers) / 6)
+    names = [fit(name, 20) for name in short_layer_names(layers)]
     rows: list[list[float]] = []
     ticks: dict[int, str] = {}
     for weight in weights:
-        rows += [[nan] * width] * (gap if rows else 0)
-        names = [f"{weight} {_fit(name, 20)}" for name in short_layer_names(layers)]
-        ticks |= {len(rows) + i: names[i] for i in range(0, len(layers), step)}
+        rows += [[nan] * width] * (ceil(len(layers) / 20) if rows else 0)
+        for i in range(0, len(layers), ceil(len(layers) / 6)):
+            ticks[len(rows) + i] = f"{weight} {names[i]}"
         for layer in layers:
-            values = [min(max(v, low - 1), high) for v in sqnr.get((weight, layer), [])]
-            rows.append(values + [nan] * (width - len(values)))
-    colours = matplotlib.colormaps["viridis"].with_extremes(under=KINDS["averaged"][1])
+            values = sqnr.get((weight, layer), [])
+            row = [min(max(v, low - 1), high) for v in _no_nan(values)]
+            rows.append(row + [nan] * (width - len(row)))
+    colours = colormaps["viridis"].with_extremes(under=KINDS["averaged"][1])
     image = axes.imshow(rows, colours, aspect="auto", interpolation="none", vmin=low, vmax=high)
     axes.spines[:].set_visible(False)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.tick_params(axis="y", length=0)
     axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
-    flat = _flat_sqnr(result)
-    axes.set_title(f"{_fit(result.name, 28)}\nmedian {number(median(flat))} dB", fontsize=8)
-    if median(flat) < low:
-        text = f"off the scale:\n{number(min(flat))} to {number(max(flat))} dB"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="white")
+    every = _all_sqnr(result)
+    axes.set_title(f"{fit(result.name, 28)}\nmedian {number(median(every))} dB", fontsize=8)
+    if median(every) < low:
+        text = f"off the scale:\n{number(min(every))} to {number(max(every))} dB"
+        middle = ((width - 1) / 2, (len(layers) - 1) / 2)
+        axes.text(*middle, text, ha="center", va="center", color="white", fontsize=8)
     return image
+
+
+def _with_expert_scales(results: list[SchemeResult]) -> SchemeResult | None:
+    """A result whose scales differ between experts, best one whose scales another one averages."""
+    averaged = {r.weights for r in results if kind_of(r) == "averaged"}
+    found = [r for r in results if any(len(set(q.scale_median)) > 1 for q in r.weight_quality)]
+    return min(found, key=lambda r: (r.weights not in averaged, bool(r.activations)), default=None)
 
 
 def _scale_bars(axes: "Axes", position: int, q: WeightQuality, num_layers: int) -> None:
@@ -331,23 +261,41 @@ def _scale_bars(axes: "Axes", position: int, q: WeightQuality, num_layers: int) 
     middle, least, most = (list(column) for column in zip(*experts, strict=True))
     colour = KINDS["weights"][1]
     if len(experts) * num_layers > _MAX_DETAILED:
-        axes.vlines(position, min(least), max(most), color=colour, alpha=0.5, linewidth=1)
-        axes.vlines(position, middle[0], middle[-1], color=colour, linewidth=3)
+        axes.vlines(position, min(least), max(most), color=colour, alpha=0.5, lw=1)
+        axes.vlines(position, middle[0], middle[-1], color=colour, lw=3)
     else:
         x = [position + 0.8 * ((i + 0.5) / len(experts) - 0.5) for i in range(len(experts))]
-        axes.vlines(x, least, most, color=colour, alpha=0.5, linewidth=1)
+        axes.vlines(x, least, most, color=colour, alpha=0.5, lw=1)
         axes.plot(x, middle, "o", color=colour, markersize=2.5)
     axes.hlines(fmean(middle), position - 0.45, position + 0.45, color=KINDS["averaged"][1])
 
 
-def _label_lines(axes: "Axes", ends: dict[str, float], low: float, high: float) -> None:
-    """Write each line's name at its right end, pushed apart where ends are close."""
-    ordered = sorted(ends.items(), key=lambda item: -_no_nan([item[1]])[0])
-    if len(ordered) > _MAX_LABELS:
-        ordered = ordered[: _MAX_LABELS // 2] + ordered[-_MAX_LABELS // 2 :]
-    gap = (high - low + 2) / 20
-    heights: list[float] = []
-    for _, value in ordered:
-        wanted = min(max(value, low), high)
-        heights.append(min(wanted, heights[-1] - gap) if heights else wanted)
-    floor
+def _layer_range(results: list[SchemeResult]) -> tuple[float, float]:
+    low, high = finite_range(v for r in results for v in r.layer_sqnr_db.values())
+    return low - 0.5, high + 0.5
+
+
+def _split_far(results: list[SchemeResult]) -> tuple[list[SchemeResult], list[SchemeResult]]:
+    """Results whose layers are about as good as the best one's, and those far below."""
+    middle = [median(_no_nan(r.layer_sqnr_db.values())) for r in results]
+    floor = finite_range(middle)[1] - _FAR_DB
+    pairs = list(zip(results, middle, strict=True))
+    return [r for r, m in pairs if m >= floor], [r for r, m in pairs if m < floor]
+
+
+def _lines(
+    axes: "Axes", results: list[SchemeResult], layers: list[str], limits: tuple[float, float]
+) -> None:
+    """A line per result; what is below the limits, or is not a number, lies on the lower one."""
+    low, high = limits
+    ends: list[tuple[float, str]] = []
+    for r in results:
+        style = "--" if kind_of(r) == "averaged" else "-"
+        line = [min(max(v, low), high) for v in _no_nan(r.layer_sqnr_db[name] for name in layers)]
+        marker = {"marker": "o", "markersize": 2.5} if len(layers) <= 32 else {}
+        axes.plot(line, style, lw=1, color=colour_of(r), **marker)
+        ends.append((line[-1], fit(r.name, 28)))
+    axes.set_ylim(low, high)
+    axes.grid(axis="y")
+    mark_layers(axes, layers)
+    label_ends(axes, len(layers) - 1, ends)

@@ -274,7 +274,8 @@ def _candidates(gated: bool, limits: set[float | None], alphas: set[float]) -> I
     for kind, limit, limit_on, alpha, up_offset in product(
         ActivationKind, limits, LimitOn, alphas, (0.0, 1.0)
     ):
-        if alpha == 1.0 or kind == ActivationKind.SILU:
+        has_alpha = alpha == 1.0 or kind == ActivationKind.SILU
+        if has_alpha and (limit is not None or limit_on == LimitOn.INPUT):
             yield Activation(kind, True, alpha, limit, limit_on, up_offset)
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from octomoe.core.activations import Activation
 from octomoe.core.formats import Format
-from octomoe.core.layouts import COMPACT, ScaleLayout, packed_shape
-from octomoe.core.qtensor import QTensor
+from octomoe.core.layouts import COMPACT, ScaleLayout
+from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
 from octomoe.ops.check import check_float, check_format, check_rank, check_same_device, check_shape
 from octomoe.ops.dispatch import implementation
@@ -94,7 +94,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     fmt = Format.parse(format)
     shape = (h.shape[0], _width(h, Activation.parse(activation)))
-    scale_shape = packed_shape(fmt.scale_shape(shape), ScaleLayout(layout))
+    scale_shape = packed_scale_shape(fmt, ScaleLayout(layout), shape)
     return (
         h.new_empty(shape, dtype=fmt.element.dtype),
         h.new_empty(scale_shape, dtype=fmt.scale_dtype),

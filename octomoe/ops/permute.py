@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from octomoe.core.formats import ALL, Format
-from octomoe.core.layouts import ScaleLayout, packed_shape
-from octomoe.core.qtensor import QTensor
+from octomoe.core.layouts import ScaleLayout
+from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.core.routing import Routing
 from octomoe.errors import refusal
 from octomoe.ops.check import check_rows, check_same_device
@@ -89,5 +89,5 @@ def _(
     shape = (choice_of_slot.shape[0], data.shape[1])
     if scale is None:
         return data.new_empty(shape), data.new_empty(0)
-    scale_shape = packed_shape(Format.parse(format).scale_shape(shape), ScaleLayout(layout))
+    scale_shape = packed_scale_shape(Format.parse(format), ScaleLayout(layout), shape)
     return data.new_empty(shape), scale.new_empty(scale_shape)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from octomoe.core.formats import Format
-from octomoe.core.layouts import COMPACT, ScaleLayout, packed_shape
-from octomoe.core.qtensor import QTensor
+from octomoe.core.layouts import COMPACT, ScaleLayout
+from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
 from octomoe.ops.check import check_float, check_format, check_rank, check_same_device
 from octomoe.ops.dispatch import implementation
@@ -120,7 +120,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     fmt = Format.parse(format)
-    shape = packed_shape(fmt.scale_shape(tuple(x.shape)), ScaleLayout(layout))
+    shape = packed_scale_shape(fmt, ScaleLayout(layout), tuple(x.shape))
     return (
         x.new_empty(x.shape, dtype=fmt.element.dtype),
         x.new_empty(shape, dtype=fmt.scale_dtype),

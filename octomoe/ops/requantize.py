@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from octomoe.core.formats import Format
-from octomoe.core.layouts import COMPACT, ScaleLayout, packed_shape
-from octomoe.core.qtensor import QTensor
+from octomoe.core.layouts import COMPACT, ScaleLayout
+from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
 from octomoe.ops.check import check_format
 from octomoe.ops.dispatch import implementation
@@ -80,7 +80,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     fmt = Format.parse(new_format)
-    shape = packed_shape(fmt.scale_shape(tuple(data.shape)), ScaleLayout(new_layout))
+    shape = packed_scale_shape(fmt, ScaleLayout(new_layout), tuple(data.shape))
     return (
         data.new_empty(data.shape, dtype=fmt.element.dtype),
         data.new_empty(shape, dtype=fmt.scale_dtype),

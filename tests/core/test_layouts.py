@@ -26,17 +26,17 @@ from octomoe.core.layouts import (
 E8M0 = torch.float8_e8m0fnu
 DTYPES = (torch.float32, E8M0)
 
-# scale shape, its GEMM_READY shape, its INTERLEAVED shape
+# scale shape, its GEMM_READY shape as float32 and as E8M0, its INTERLEAVED shape
 CASES = [
-    ((0, 3), (3, 0), (0, 1, 32, 16)),
-    ((1, 1), (1, 4), (1, 1, 32, 16)),
-    ((4, 1), (1, 4), (1, 1, 32, 16)),
-    ((5, 3), (3, 8), (1, 1, 32, 16)),
-    ((128, 4), (4, 128), (1, 1, 32, 16)),
-    ((130, 5), (5, 132), (2, 2, 32, 16)),
-    ((3, 33, 9), (3, 9, 36), (3, 1, 3, 32, 16)),
-    ((2, 0, 7, 2), (2, 0, 2, 8), (2, 0, 1, 1, 32, 16)),
-    ((8, 56, 16), (8, 16, 56), (8, 1, 4, 32, 16)),
+    ((0, 3), (3, 0), (3, 0), (0, 1, 32, 16)),
+    ((1, 1), (1, 4), (1, 16), (1, 1, 32, 16)),
+    ((4, 1), (1, 4), (1, 16), (1, 1, 32, 16)),
+    ((5, 3), (3, 8), (3, 16), (1, 1, 32, 16)),
+    ((128, 4), (4, 128), (4, 128), (1, 1, 32, 16)),
+    ((130, 5), (5, 132), (5, 144), (2, 2, 32, 16)),
+    ((3, 33, 9), (3, 9, 36), (3, 9, 48), (3, 1, 3, 32, 16)),
+    ((2, 0, 7, 2), (2, 0, 2, 8), (2, 0, 2, 16), (2, 0, 1, 1, 32, 16)),
+    ((8, 56, 16), (8, 16, 56), (8, 16, 64), (8, 1, 4, 32, 16)),
 ]
 SHAPES = [case[0] for case in CASES]
 
@@ -67,7 +67,7 @@ def test_unpack_inverts_pack(
     scale_Xnk = make_inputs((*lead, rows, columns), dtype)
     packed = pack(scale_Xnk, layout)
     assert packed.dtype == dtype
-    assert packed.shape == packed_shape(tuple(scale_Xnk.shape), layout)
+    assert packed.shape == packed_shape(tuple(scale_Xnk.shape), layout, dtype)
     assert packed.is_contiguous()
 
     unpacked_Xnk = unpack(packed, layout, tuple(scale_Xnk.shape))
@@ -77,13 +77,18 @@ def test_unpack_inverts_pack(
     assert torch.count_nonzero(bits(packed)) == scale_Xnk.numel()
 
 
-@pytest.mark.parametrize(("shape", "gemm_ready", "interleaved"), CASES)
+@pytest.mark.parametrize(("shape", "gemm_ready", "gemm_ready_e8m0", "interleaved"), CASES)
 def test_packed_shape(
-    shape: tuple[int, ...], gemm_ready: tuple[int, ...], interleaved: tuple[int, ...]
+    shape: tuple[int, ...],
+    gemm_ready: tuple[int, ...],
+    gemm_ready_e8m0: tuple[int, ...],
+    interleaved: tuple[int, ...],
 ):
-    assert packed_shape(shape, COMPACT) == shape
-    assert packed_shape(shape, GEMM_READY) == gemm_ready
-    assert packed_shape(shape, INTERLEAVED) == interleaved
+    assert packed_shape(shape, GEMM_READY, torch.float32) == gemm_ready
+    assert packed_shape(shape, GEMM_READY, E8M0) == gemm_ready_e8m0
+    for dtype in DTYPES:
+        assert packed_shape(shape, COMPACT, dtype) == shape
+        assert packed_shape(shape, INTERLEAVED, dtype) == interleaved
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,7 +106,7 @@ def test_gemm_ready_is_the_padded_transpose(shape: tuple[int, ...], dtype: torch
     num_rows = shape[-2]
     assert torch.equal(packed_Xkn[..., :num_rows], bits(scale_Xnk).transpose(-1, -2))
     assert not packed_Xkn[..., num_rows:].any()
-    assert packed_Xkn.shape[-1] % 4 == 0
+    assert packed_Xkn.shape[-1] * dtype.itemsize % 16 == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -273,7 +273,9 @@ def test_constructor_refuses_parts_that_do_not_fit():
         QTensor(q_NK.data.view(torch.uint8), q_NK.scale, MXFP8)
     with pytest.raises(TypeError, match=r"QTensor: scale has dtype torch.uint8, but needs"):
         QTensor(q_NK.data, q_NK.scale.view(torch.uint8), MXFP8)
-    with pytest.raises(ValueError, match=r"scale has shape \(4, 2\), but needs \(2, 4\) for mxfp8"):
+    with pytest.raises(
+        ValueError, match=r"scale has shape \(4, 2\), but needs \(2, 16\) for mxfp8"
+    ):
         QTensor(q_NK.data, q_NK.scale, MXFP8, GEMM_READY)
     with pytest.raises(ValueError, match=r"scale is on meta, but needs the data's device cpu"):
         QTensor(q_NK.data, q_NK.scale.to("meta"), MXFP8)

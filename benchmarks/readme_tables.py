@@ -1,0 +1,65 @@
+"""Write README's tables from the newest records under benchmarks/results.
+
+    python benchmarks/readme_tables.py           rewrite README.md
+    python benchmarks/readme_tables.py --check   exit with 1 if it would change
+
+A table stands between ``<!-- accuracy: MODEL -->`` and ``<!-- end -->``.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.jsonl"
+MARKED = re.compile(r"(<!-- accuracy: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite or check."""
+    text = README.read_text(encoding="utf-8")
+    written = MARKED.sub(lambda match: match[1] + accuracy_table(match[2]) + match[3], text)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md is not made from the newest records" if written != text else 0)
+    README.write_text(written, encoding="utf-8")
+
+
+def accuracy_table(model: str) -> str:
+    """The newest accuracy record of `model` as a Markdown table with its origin."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    record = [row for row in map(json.loads, lines) if row["model"] == model][-1]
+    versions = record["versions"]
+    rows = [
+        "| weights × activations | bytes | SQNR dB | KL | top-1 % | perplexity | change |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        f"| unquantised | {record['bytes_per_weight']:.3f} | | | | {record['perplexity']:.3f} | |",
+        *(_row(result, record["perplexity"]) for result in record["results"]),
+        "",
+        (
+            f"`{record['command']}`, {record['num_tokens']} tokens, commit {record['commit']}, "
+            f"torch {versions['torch']}, transformers {versions['transformers']}; "
+            f"from `{RESULTS.relative_to(ROOT)}`."
+        ),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _row(result: dict[str, Any], base: float) -> str:
+    change = 100 * (result["perplexity"] / base - 1)
+    cells = (
+        result["name"],
+        f"{result['bytes_per_weight']:.3f}",
+        f"{result['sqnr_db']:.2f}",
+        f"{result['kl']:.4f}",
+        f"{100 * result['top1']:.1f}",
+        f"{result['perplexity']:.3f}",
+        f"{change:+.2f} %",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

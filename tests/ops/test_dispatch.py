@@ -1,0 +1,161 @@
+"""`dispatch`: `auto` picks the first usable backend, an explicit one never falls back.
+
+Claimed: every op takes a backend; a refusal names the op and gives each backend's reason.
+"""
+
+import pytest
+import torch
+
+from octomoe import (
+    FP8_ROW,
+    MXFP8,
+    SILU,
+    ExpertWeights,
+    Target,
+    activation_quantize,
+    build_routing,
+    dequantize,
+    fused_moe,
+    grouped_gemm,
+    grouped_gemm_dgrad,
+    grouped_gemm_wgrad,
+    permute,
+    quantize,
+    quantize_experts,
+    requantize,
+    unpermute,
+)
+from octomoe.ops import dispatch
+
+X_TD, W_ENK, IDS_TA = torch.randn(4, 32), torch.randn(2, 32, 32), torch.tensor([[0], [1], [0], [0]])
+ROUTING = build_routing(IDS_TA, 2)
+EXPERTS = ExpertWeights(w13=torch.randn(2, 64, 32), w2=W_ENK)
+ROUTER_WEIGHTS_TA = torch.rand(4, 1)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+CASES = {
+    "quantize": lambda backend: quantize(X_TD, MXFP8, backend=backend),
+    "dequantize": lambda backend: dequantize(quantize(X_TD, MXFP8), backend=backend),
+    "requantize": lambda backend: requantize(quantize(X_TD, MXFP8), FP8_ROW, backend=backend),
+    "build_routing": lambda backend: build_routing(IDS_TA, 2, backend=backend).choice_of_slot_S,
+    "permute": lambda backend: permute(X_TD, ROUTING, backend=backend),
+    "unpermute": lambda backend: unpermute(X_TD, ROUTING, backend=backend),
+    "grouped_gemm": lambda backend: grouped_gemm(X_TD, W_ENK, ROUTING, backend=backend),
+    "grouped_gemm_dgrad": lambda backend: grouped_gemm_dgrad(X_TD, W_ENK, ROUTING, backend=backend),
+    "grouped_gemm_wgrad": lambda backend: grouped_gemm_wgrad(X_TD, X_TD, ROUTING, backend=backend),
+    "activation_quantize": lambda backend: activation_quantize(X_TD, SILU, MXFP8, backend=backend),
+    "fused_moe": lambda backend: fused_moe(
+        X_TD, EXPERTS, ROUTER_WEIGHTS_TA, IDS_TA, backend=backend
+    ),
+}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that says it is an H200."""
+    target = Target("NVIDIA H200", arch=90, sms=132, smem=232448)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: target))
+
+
+def pretend(monkeypatch, **reasons):
+    """Let backends be usable, or not for a reason."""
+    monkeypatch.setattr(dispatch, "why_not", lambda op, backend, device: reasons.get(backend))
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_op_runs_on_the_reference(op, assert_same_bits):
+    assert_same_bits(CASES[op]("reference"), CASES[op]("auto"))
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_op_refuses_an_unknown_backend(op):
+    with pytest.raises(ValueError, match=f"^{op}: backend is 'cuda', but needs one of: auto, sm90"):
+        CASES[op]("cuda")
+
+
+@pytest.mark.parametrize("backend", ["triton", "sm90"])
+@pytest.mark.parametrize("op", CASES)
+def test_every_op_refuses_a_backend_that_cannot_run(op, backend):
+    match = (
+        rf"^{op}: backend is '{backend}' on cpu, but needs one that can run: "
+        r"sm90 \(.+\); triton \(.+\); reference \(usable\)$"
+    )
+    with pytest.raises(NotImplementedError, match=match):
+        CASES[op](backend)
+
+
+def test_quantize_experts_passes_its_backend_on(assert_same_bits):
+    quantized = quantize_experts(EXPERTS, MXFP8, backend="reference")
+    assert_same_bits(quantized.w13, quantize(EXPERTS.w13, MXFP8))
+    with pytest.raises(NotImplementedError, match="backend is 'triton' on cpu"):
+        quantize_experts(EXPERTS, MXFP8, backend="triton")
+
+
+def test_auto_takes_the_first_that_is_usable(monkeypatch):
+    pretend(monkeypatch)
+    assert dispatch.choose("quantize", "auto", CPU) == "sm90"
+    pretend(monkeypatch, sm90="no")
+    assert dispatch.choose("quantize", "auto", CPU) == "triton"
+    pretend(monkeypatch, sm90="no", triton="no")
+    assert dispatch.choose("quantize", "auto", CPU) == "reference"
+
+
+def test_an_explicit_backend_is_taken_though_a_faster_one_could(monkeypatch):
+    pretend(monkeypatch)
+    for backend in dispatch.BACKENDS:
+        assert dispatch.choose("quantize", backend, CPU) == backend
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch):
+    pretend(monkeypatch, sm90="too old", triton=None)
+    match = r"needs one that can run: sm90 \(too old\); triton \(usable\); reference \(usable\)"
+    with pytest.raises(NotImplementedError, match=match):
+        dispatch.choose("quantize", "sm90", CPU)
+
+
+def test_reasons_of_a_cpu():
+    assert dispatch.why_not("quantize", "reference", CPU) is None
+    for backend in ("triton", "sm90"):
+        reason = dispatch.why_not("quantize", backend, CPU)
+        assert reason is not None
+        assert "triton is not installed" in reason or "cpu" in reason
+
+
+def test_reason_without_triton(monkeypatch, hopper):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    for backend in ("triton", "sm90"):
+        reason = dispatch.why_not("quantize", backend, CUDA)
+        assert reason == "the package triton is not installed"
+
+
+def test_reason_of_another_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    for target, said in (
+        (Target("NVIDIA A100", arch=80), "NVIDIA A100 is 8.0"),
+        (Target("NVIDIA B200", arch=100), "NVIDIA B200 is 10.0"),
+        (Target("gfx942", is_hip=True), "gfx942 is no CUDA device"),
+    ):
+        monkeypatch.setattr(Target, "of", classmethod(lambda cls, device, target=target: target))
+        reason = dispatch.why_not("quantize", "sm90", CUDA)
+        assert reason == f"needs compute capability 9.0, {said}"
+        # Triton is portable: what the machine is does not speak against it.
+        assert dispatch.why_not("quantize", "triton", CUDA) in (
+            None,
+            "this version has no triton kernel for quantize",
+        )
+
+
+def test_reason_where_no_kernel_was_written(monkeypatch, hopper):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name == "triton" or None)
+    dispatch._has_module.cache_clear()
+    try:
+        for backend in ("triton", "sm90"):
+            reason = dispatch.why_not("no_such_op", backend, CUDA)
+            assert reason == f"this version has no {backend} kernel for no_such_op"
+    finally:
+        dispatch._has_module.cache_clear()
+
+
+def test_every_op_has_a_reference():
+    for op in dispatch.OPS:
+        assert callable(dispatch.implementation(op, "reference", CPU))
