@@ -155,7 +155,7 @@ def draw_ids() -> Callable[[int, int, int, str, int], Tensor]:
     """``topk_ids [T, A]`` int64 of a pattern.
 
     Patterns: ``any`` distinct per token; ``one`` all tokens to the last expert; ``hole`` expert 0
-    is empty; ``dropped`` a third is -1; ``twice`` a token may choose an expert again.
+    is empty; ``dropped`` a third is -1; ``none`` all are; ``twice`` a token may repeat an expert.
     """
 
     def draw(
@@ -165,6 +165,8 @@ def draw_ids() -> Callable[[int, int, int, str, int], Tensor]:
         match pattern:
             case "one":
                 return torch.full((tokens, choices), experts - 1)
+            case "none":
+                return torch.full((tokens, choices), -1)
             case "twice":
                 return torch.randint(experts, (tokens, choices), generator=generator)
         scores_TE = torch.rand(tokens, experts, generator=generator)
@@ -303,7 +305,8 @@ def _steps(x: Tensor) -> list[int]:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+    # A copy, since an axis of one element may have any stride and still be contiguous.
+    return torch.zeros_like(x, memory_format=torch.contiguous_format).copy_(x).view(torch.uint8)
 
 
 def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -85,7 +85,7 @@ class Format:
         scale_dtype: ``torch.float32`` or ``torch.float8_e8m0fnu`` (E8M0: a power of two in a byte).
         element: type of the stored data.
         rounding: rounding of the scale; E8M0 scales are always powers of two.
-        target_max: magnitude the largest value of a block is scaled to (at most `element.max`);
+        target_max: magnitude the largest value of a block is scaled to (2 to `element.max`);
             0 picks the element's own.
 
     Raises:
@@ -122,8 +122,9 @@ class Format:
             )
         if self.target_max == 0.0:
             object.__setattr__(self, "target_max", _default_target(self.element, self.rounding))
-        if not 0.0 < self.target_max <= self.element.max:
-            needs = f"a value in (0, {self.element.max:g}] for {self.element.name}"
+        # Below 2 the scale of the largest float32 would have no E8M0 byte.
+        if not 2.0 <= self.target_max <= self.element.max:
+            needs = f"a value in [2, {self.element.max:g}] for {self.element.name}"
             raise ValueError(refusal("Format", "target_max", f"is {self.target_max:g}", needs))
 
     def derive(
@@ -218,8 +219,7 @@ def _default_target(element: Element, rounding: Rounding) -> float:
 @cache
 def _parse(name: str) -> tuple[Block, torch.dtype, Element, Rounding, float]:
     """The fields of the format spelled `name`. Kept: ops parse names at every call."""
-    # A minus before a digit belongs to a number such as 1e-05.
-    base, *parts = re.split(r"-(?=[a-z])", name.strip().lower())
+    base, *parts = name.strip().lower().split("-")
     if base not in _BASE_KEYS and f"fp8_{base}" in (_BASE_KEYS | _ALIASES):
         base = f"fp8_{base}"
     key = _BASE_KEYS.get(_ALIASES.get(base, base)) or _parse_custom_block(base)
@@ -233,7 +233,7 @@ def _parse(name: str) -> tuple[Block, torch.dtype, Element, Rounding, float]:
             element = _ELEMENTS[part]
         elif part == "pow2":
             rounding = Rounding.POW2
-        elif re.fullmatch(r"max\d+(\.\d+)?(e[+-]?\d+)?", part):
+        elif re.fullmatch(r"max\d+(\.\d+)?", part):
             target_max = float(part.removeprefix("max"))
         else:
             raise ValueError(_unknown_name(name))

@@ -110,7 +110,8 @@ def unpack(packed: Tensor, layout: ScaleLayout, scale_shape: tuple[int, ...]) ->
         case ScaleLayout.COMPACT:
             return packed.contiguous()
         case ScaleLayout.GEMM_READY:
-            return packed.transpose(-1, -2)[..., :rows, :].contiguous()
+            scale = packed.transpose(-1, -2)[..., :rows, :]
+            return scale.clone(memory_format=torch.contiguous_format)
         case ScaleLayout.INTERLEAVED:
             num_row_atoms, num_column_atoms = expected[-4:-2]
             atoms = packed.reshape(*lead, num_row_atoms, num_column_atoms, 32, 4, _ATOM_COLUMNS)

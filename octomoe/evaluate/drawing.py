@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from html import escape
-from math import ceil, inf, isfinite, isnan
+from math import ceil, inf, isfinite, isnan, log10
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +38,7 @@ _STYLE: Final[dict[str, Any]] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
+    "figure.constrained_layout.h_pad": 0.08,
     "legend.frameon": False,
     # A "$" in a name is a dollar.
     "text.parse_math": False,
@@ -49,6 +50,8 @@ _STYLE: Final[dict[str, Any]] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.xmargin": 0.03,
+    "axes.ymargin": 0.0,
     "grid.color": _RULE,
     "xtick.color": _MUTED,
     "xtick.labelcolor": _INK,
@@ -110,6 +113,16 @@ def percent(value: float) -> str:
     return ("" if isnan(value) else "−" if value < 0 and text != "0.00" else "+") + text
 
 
+def tick(value: float) -> str:
+    """A tick's label, short enough that neighbours do not meet.
+
+    >>> tick(0.01), tick(-10.0), tick(100000.0)
+    ('0.01', '−10', '10⁵')
+    """
+    is_huge = abs(value) >= 1e4 and isfinite(value)
+    return (power(10, round(log10(abs(value)))) if is_huge else f"{value:.4g}").replace("-", "−")
+
+
 def power(base: int, exponent: int) -> str:
     """A power in text that needs no markup.
 
@@ -146,6 +159,14 @@ def finite_range(values: Iterable[float]) -> tuple[float, float]:
     return min(finite), max(finite)
 
 
+def span_x(axes: "Axes", low: float, high: float) -> None:
+    """Let x reach from `low` to `high`, with room for a number behind; after the scale is set."""
+    transform = axes.xaxis.get_transform()
+    start, end = transform.transform([low, high])
+    span = end - start or 1.0
+    axes.set_xlim(*transform.inverted().transform([start - 0.05 * span, end + 0.3 * span]))
+
+
 def mark_layers(axes: "Axes", layers: list[str]) -> None:
     """Name the layers, or a dozen of them, along x."""
     names = [fit(name, 24) for name in short_layer_names(layers)]
@@ -154,8 +175,9 @@ def mark_layers(axes: "Axes", layers: list[str]) -> None:
     if is_numbered:
         names = [name.removeprefix("layer ") for name in names]
         axes.set_xlabel("layer")
-    slant = {} if is_numbered else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(places, [names[i] for i in places], **slant)
+    axes.set_xticks(places, [names[i] for i in places])
+    if not is_numbered:
+        axes.tick_params(axis="x", labelrotation=30)
 
 
 def mark_kinds(figure: "Figure", kinds: set[str]) -> None:
@@ -178,11 +200,16 @@ def label_ends(axes: "Axes", x: float, ends: list[tuple[float, str]]) -> None:
         x: where the lines end.
         ends: y and name of each. Of too many, the highest and the lowest are named.
     """
+    from matplotlib.transforms import offset_copy
+
     ends = sorted(ends, key=lambda end: -end[0])
     if len(ends) > _MAX_LABELS:
         ends = ends[: _MAX_LABELS // 2] + ends[-_MAX_LABELS // 2 :]
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    beside = offset_copy(axes.get_yaxis_transform(), figure, x=14, units="points")
     low, high = axes.get_ylim()
-    height_in_points = axes.get_window_extent().height / axes.figure.dpi * 72
+    height_in_points = axes.get_window_extent().height / figure.dpi * 72
     gap = (high - low) * 11 / height_in_points
     places: list[float] = []
     for y, _ in ends:
@@ -194,8 +221,8 @@ def label_ends(axes: "Axes", x: float, ends: list[tuple[float, str]]) -> None:
         axes.annotate(
             name,
             (x, y),
-            (1.06, place + lift),
-            textcoords=axes.get_yaxis_transform(),
+            (1, place + lift),
+            textcoords=beside,
             va="center",
             fontsize=8,
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": _MUTED, "relpos": (0, 0.5)},

@@ -4,7 +4,7 @@ A picture that would show nothing is the empty string.
 """
 
 from collections.abc import Callable, Iterable
-from math import ceil, floor, inf, isnan, log2, log10, nan
+from math import ceil, floor, inf, isfinite, isnan, log2, log10, nan
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +25,8 @@ from octomoe.evaluate.drawing import (
     perplexity_change,
     power,
     short_layer_names,
+    span_x,
+    tick,
 )
 from octomoe.evaluate.metrics import WeightQuality
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 # What lies this many dB under the best is left off a shared scale, which it would flatten.
 _FAR_DB: Final = 12.0
+_OFF_SCALE: Final = "#b81f44"
 # More experts than this (over all layers) are drawn as one line per layer.
 _MAX_DETAILED: Final = 400
 
@@ -54,13 +57,11 @@ def plot_cost(comparison: Comparison) -> str:
         middle.set_xscale("symlog", linthresh=0.1)
         _dots(middle, results, [perplexity_change(r, comparison) for r in results], percent)
         middle.set_title("change of perplexity in %")
-        middle.xaxis.get_major_locator().set_params(numticks=6)
         _dots(right, results, [r.bytes_per_weight for r in results], "{:.3f}".format)
         right.set_title(f"bytes per weight (was {comparison.bytes_per_weight:g})")
         mark_kinds(figure, {kind_of(r) for r in results})
 
-    label = "KL, change of perplexity and bytes per weight of every scheme"
-    return draw_svg("cost", label, 1.3 + 0.26 * len(results), draw)
+    return draw_svg("cost", "What every scheme costs", 1.3 + 0.26 * len(results), draw)
 
 
 def plot_weights(comparison: Comparison) -> str:
@@ -68,8 +69,6 @@ def plot_weights(comparison: Comparison) -> str:
     panels = _distinct_weights(comparison.results)
     if not panels:
         return ""
-    layers = list(dict.fromkeys(q.layer for q in panels[0].weight_quality))
-    weights = list(dict.fromkeys(q.weight for q in panels[0].weight_quality))
     num_columns = min(4, len(panels))
     num_rows = ceil(len(panels) / num_columns)
     low, high = _shared_range([_all_sqnr(r) for r in panels])
@@ -77,17 +76,17 @@ def plot_weights(comparison: Comparison) -> str:
     def draw(figure: "Figure") -> None:
         grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
         for axes, result in zip(grid.flat, panels, strict=False):
-            image = _heat_map(axes, result, layers, weights, (low, high))
-        for axes in grid.flat[len(panels) :]:
+            image = _heat_map(axes, result, low, high)
+        used, unused = grid.flat[: len(panels)], grid.flat[len(panels) :]
+        for axes in unused:
             axes.remove()
-        for axes in grid[-1]:
+        for axes in used[-num_columns:]:
+            axes.tick_params(labelbottom=True)
             axes.set_xlabel("expert")
-        figure.get_layout_engine().set(h_pad=0.08)
-        figure.colorbar(image, ax=grid, label="SQNR in dB", extend="min", fraction=0.03)
+        figure.colorbar(image, ax=used, label="SQNR in dB", extend="min", fraction=0.03)
 
-    height = min(max(0.2 * (len(weights) * len(layers) + 1), 1.0), 2.6) + 0.45
-    label = "SQNR of every expert's weights, in dB, for each weight format"
-    return draw_svg("weights", label, 0.4 + num_rows * height, draw)
+    height = min(max(0.2 * (len(panels[0].weight_quality) + 1), 1.0), 2.6) + 0.45
+    return draw_svg("weights", "SQNR in dB of all experts' weights", 0.4 + num_rows * height, draw)
 
 
 def plot_scales(comparison: Comparison) -> str:
@@ -99,8 +98,7 @@ def plot_scales(comparison: Comparison) -> str:
     result = _with_expert_scales(comparison.results)
     if result is None:
         return ""
-    layers = list(dict.fromkeys(q.layer for q in result.weight_quality))
-    weights = list(dict.fromkeys(q.weight for q in result.weight_quality))
+    layers, weights = _layers_and_weights(result)
 
     def draw(figure: "Figure") -> None:
         grid = figure.subplots(len(weights), 1, sharex=True, sharey=True, squeeze=False)
@@ -114,12 +112,11 @@ def plot_scales(comparison: Comparison) -> str:
         medians = [s for q in result.weight_quality for s in q.scale_median if 0 < s < inf]
         bottom, top = axes.get_ylim()
         # Blocks of zeros have the least scale there is: the axis does not follow them down.
-        axes.set_ylim(max(bottom, min(medians) / 64), top)
+        axes.set_ylim(max(bottom, min(medians) / 64) / 1.2, top * 1.2)
         axes.set_xlim(-0.6, len(layers) - 0.4)
         mark_layers(axes, layers)
 
-    label = "Spread of the scales over the experts of each layer"
-    return draw_svg("scales", label, 0.7 + 1.9 * len(weights), draw)
+    return draw_svg("scales", "Scales of each layer's experts", 0.7 + 1.9 * len(weights), draw)
 
 
 def plot_layers(comparison: Comparison) -> str:
@@ -141,17 +138,17 @@ def plot_layers(comparison: Comparison) -> str:
     rows = [list(panels)] + ([[below] * len(panels)] if far else [])
 
     def draw(figure: "Figure") -> None:
-        grid = figure.subplot_mosaic(rows, height_ratios=[3.4, 1.2][: len(rows)])
+        grid: dict[str, Axes] = figure.subplot_mosaic(rows, height_ratios=[3.4, 1.2][: len(rows)])
         for title, panel in panels.items():
-            _lines(grid[title], panel, layers, _layer_range(near))
+            _lines(grid[title], panel, layers, near)
         if far:
-            _lines(grid[below], far, layers, _layer_range(far))
+            _lines(grid[below], far, layers, far)
         for title, axes in grid.items():
             axes.set_title(title)
             axes.set_ylabel("SQNR in dB")
 
-    label = "SQNR of each layer's output in dB, for every scheme"
-    return draw_svg("layers", label, 5.6 if far else 4.0, draw)
+    height = 5.6 if far else 4.0
+    return draw_svg("layers", "SQNR of each layer's output in dB, for every scheme", height, draw)
 
 
 def _dots(
@@ -162,18 +159,19 @@ def _dots(
     low, high = finite_range(v for v in values if v > 0 or not is_log)
     if is_log:
         low, high = 10.0 ** floor(log10(low)), 10.0 ** ceil(log10(high))
-    for row, (result, value) in enumerate(zip(results, values, strict=True)):
+    elif axes.get_xscale() == "symlog":
+        low, high = min(low, 0.0), max(high, 0.1)
+        axes.locator_params(axis="x", numticks=6)
+    else:
+        axes.locator_params(axis="x", nbins=4)
+    for row, (r, value) in enumerate(zip(results, values, strict=True)):
         x = high if isnan(value) else min(max(value, low), high)
-        axes.plot(x, row, "o" if x == value else "x", color=colour_of(result), markersize=5)
+        axes.plot(x, row, "o" if x == value else "x", color=colour_of(r), markersize=5)
         axes.annotate(
-            text(value), (x, row), (6, 0), textcoords="offset points", va="center", fontsize=8
+            text(value), (x, row), (6, 0), textcoords="offset points", va="center", size=8
         )
-    # Room for the number beside the last dot, on whatever scale the axis has.
-    transform = axes.xaxis.get_transform()
-    start, end = transform.transform([low, high])
-    span = end - start or 1.0
-    axes.set_xlim(transform.inverted().transform([start - 0.05 * span, end + 0.3 * span]))
-    axes.xaxis.set_major_formatter("{x:g}")
+    span_x(axes, low, high)
+    axes.xaxis.set_major_formatter(lambda value, _: tick(value))
     axes.grid(axis="both")
     axes.tick_params(axis="y", length=0)
 
@@ -185,6 +183,11 @@ def _distinct_weights(results: list[SchemeResult]) -> list[SchemeResult]:
         if any(q.sqnr_db for q in r.weight_quality):
             distinct.setdefault((r.weights, kind_of(r) == "averaged"), r)
     return list(distinct.values())
+
+
+def _layers_and_weights(result: SchemeResult) -> tuple[list[str], list[str]]:
+    keys = [(q.layer, q.weight) for q in result.weight_quality]
+    return list(dict.fromkeys(k[0] for k in keys)), list(dict.fromkeys(k[1] for k in keys))
 
 
 def _no_nan(values: Iterable[float]) -> list[float]:
@@ -206,17 +209,11 @@ def _shared_range(panels: list[list[float]]) -> tuple[float, float]:
     return min(max(low, best - _FAR_DB), high - 1.0), high
 
 
-def _heat_map(
-    axes: "Axes",
-    result: SchemeResult,
-    layers: list[str],
-    weights: list[str],
-    limits: tuple[float, float],
-) -> Any:
+def _heat_map(axes: "Axes", result: SchemeResult, low: float, high: float) -> Any:
     """Rows are layers, a block per weight; columns are experts. Returns the image."""
     from matplotlib import colormaps
 
-    low, high = limits
+    layers, weights = _layers_and_weights(result)
     sqnr = {(q.weight, q.layer): q.sqnr_db for q in result.weight_quality}
     width = max(map(len, sqnr.values()))
     names = [fit(name, 20) for name in short_layer_names(layers)]
@@ -230,12 +227,12 @@ def _heat_map(
             values = sqnr.get((weight, layer), [])
             row = [min(max(v, low - 1), high) for v in _no_nan(values)]
             rows.append(row + [nan] * (width - len(row)))
-    colours = colormaps["viridis"].with_extremes(under=KINDS["averaged"][1])
+    colours = colormaps["viridis"].with_extremes(under=_OFF_SCALE)
     image = axes.imshow(rows, colours, aspect="auto", interpolation="none", vmin=low, vmax=high)
     axes.spines[:].set_visible(False)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
+    axes.set_xticks(range(0, width, max(1, 2 ** ceil(log2(width / 5)))))
     every = _all_sqnr(result)
     axes.set_title(f"{fit(result.name, 28)}\nmedian {number(median(every))} dB", fontsize=8)
     if median(every) < low:
@@ -248,7 +245,11 @@ def _heat_map(
 def _with_expert_scales(results: list[SchemeResult]) -> SchemeResult | None:
     """A result whose scales differ between experts, best one whose scales another one averages."""
     averaged = {r.weights for r in results if kind_of(r) == "averaged"}
-    found = [r for r in results if any(len(set(q.scale_median)) > 1 for q in r.weight_quality)]
+
+    def differ(q: WeightQuality) -> bool:
+        return len({scale for scale in q.scale_median if 0 < scale < inf}) > 1
+
+    found = [r for r in results if any(map(differ, r.weight_quality))]
     return min(found, key=lambda r: (r.weights not in averaged, bool(r.activations)), default=None)
 
 
@@ -270,32 +271,28 @@ def _scale_bars(axes: "Axes", position: int, q: WeightQuality, num_layers: int) 
     axes.hlines(fmean(middle), position - 0.45, position + 0.45, color=KINDS["averaged"][1])
 
 
-def _layer_range(results: list[SchemeResult]) -> tuple[float, float]:
-    low, high = finite_range(v for r in results for v in r.layer_sqnr_db.values())
-    return low - 0.5, high + 0.5
-
-
 def _split_far(results: list[SchemeResult]) -> tuple[list[SchemeResult], list[SchemeResult]]:
     """Results whose layers are about as good as the best one's, and those far below."""
     middle = [median(_no_nan(r.layer_sqnr_db.values())) for r in results]
-    floor = finite_range(middle)[1] - _FAR_DB
+    least = max((m for m in middle if isfinite(m)), default=-inf) - _FAR_DB
     pairs = list(zip(results, middle, strict=True))
-    return [r for r, m in pairs if m >= floor], [r for r, m in pairs if m < floor]
+    return [r for r, m in pairs if m >= least], [r for r, m in pairs if m < least]
 
 
 def _lines(
-    axes: "Axes", results: list[SchemeResult], layers: list[str], limits: tuple[float, float]
+    axes: "Axes", results: list[SchemeResult], layers: list[str], scale: list[SchemeResult]
 ) -> None:
-    """A line per result; what is below the limits, or is not a number, lies on the lower one."""
-    low, high = limits
+    """A line per result, on the scale of several; what is not a number lies on the lower end."""
+    low, high = finite_range(v for r in scale for v in r.layer_sqnr_db.values())
     ends: list[tuple[float, str]] = []
     for r in results:
+        values = _no_nan(r.layer_sqnr_db[name] for name in layers)
+        line = [min(max(v, low), high) for v in values]
+        dots = "o" if len(layers) <= 32 else ""
         style = "--" if kind_of(r) == "averaged" else "-"
-        line = [min(max(v, low), high) for v in _no_nan(r.layer_sqnr_db[name] for name in layers)]
-        marker = {"marker": "o", "markersize": 2.5} if len(layers) <= 32 else {}
-        axes.plot(line, style, lw=1, color=colour_of(r), **marker)
-        ends.append((line[-1], fit(r.name, 28)))
-    axes.set_ylim(low, high)
+        axes.plot(line, style, lw=1, marker=dots, markersize=2.5, color=colour_of(r))
+        ends.append((line[-1], fit(r.name, 28) + " (not finite)" * (values[-1] == -inf)))
+    axes.set_ylim(low - 0.5, high + 0.5)
     axes.grid(axis="y")
     mark_layers(axes, layers)
     label_ends(axes, len(layers) - 1, ends)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from math import isfinite
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from octomoe.errors import missing_package
@@ -17,8 +17,8 @@ from octomoe.evaluate.plots import plot_cost, plot_layers, plot_scales, plot_wei
 _BAD_FACTOR: Final = 10.0
 # Weights this many dB under the best are named as the reason.
 _BAD_DB: Final = 6.0
-# A mean KL below this is rounding.
-_NO_KL: Final = 1e-6
+# A KL in nats that is small anyway: a best one below it does not make the others bad.
+_SMALL_KL: Final = 1e-3
 _MAX_NAMED: Final = 2
 
 
@@ -133,7 +133,7 @@ def _judge(results: list[SchemeResult]) -> _Verdict:
 
     def is_bad(r: SchemeResult) -> bool:
         peer = best.get(bool(r.activations), sound[0] if sound else r)
-        return not r.kl < _BAD_FACTOR * max(peer.kl, _NO_KL)
+        return not r.kl < _BAD_FACTOR * max(peer.kl, _SMALL_KL)
 
     bad = [r for r in reversed(ordered) if is_bad(r)]
     return _Verdict([best[b] for b in sorted(best)], bad, ordered[-1] if ordered else None)
@@ -149,9 +149,8 @@ def _why_bad(r: SchemeResult, comparison: Comparison) -> str:
     if not isfinite(r.kl):
         return f"“{r.name}”, whose predictions are not finite"
     least = min(comparison.results, key=by_kl)
-    times = number(r.kl / max(least.kl, _NO_KL), 2)
     reasons = [
-        f"its KL of {number(r.kl)} is {times} times that of “{least.name}”",
+        f"its KL is {number(r.kl)} where “{least.name}” has {number(least.kl)}",
         f"it changes perplexity by {percent(perplexity_change(r, comparison))} %",
     ]
     most_db = max(other.sqnr_db for other in comparison.results)
@@ -177,11 +176,12 @@ def _render(comparison: Comparison) -> str:
     drawn = [(figure, figure.draw(comparison)) for figure in FIGURES]
     return environment.from_string(source).render(
         comparison=comparison,
+        name=PurePath(comparison.model).name or comparison.model,
         advice=advice(comparison),
         kinds={kind_of(r): KINDS[kind_of(r)][0] for r in comparison.results},
         colours={kind: colour for kind, (_, colour) in KINDS.items()},
-        baseline=["unquantised", "–", "–", f"{comparison.bytes_per_weight:.3f}"]
-        + ["–", "0", "100.0", _perplexity(comparison.perplexity), "–"],
+        baseline_bytes=f"{comparison.bytes_per_weight:.3f}",
+        baseline_perplexity=_perplexity(comparison.perplexity),
         rows=_rows(comparison),
         figures=[(figure, Markup(svg)) for figure, svg in drawn if svg],
     )
@@ -191,8 +191,11 @@ def _rows(comparison: Comparison) -> list[_Row]:
     verdict = _judge(comparison.results)
     rows = []
     for r in comparison.results:
-        is_worst = r is verdict.worst and len(comparison.results) > 1
-        mark = "least KL" if r in verdict.best else "most KL" if is_worst else ""
+        mark = "least KL" if r in verdict.best else "most KL" if r is verdict.worst else ""
+        if r in verdict.bad:
+            mark = "avoid"
+        elif len(comparison.results) == 1:
+            mark = ""
         cells = [
             r.name,
             r.weights,
@@ -204,7 +207,7 @@ def _rows(comparison: Comparison) -> list[_Row]:
             _perplexity(r.perplexity),
             percent(perplexity_change(r, comparison)),
         ]
-        rows.append(_Row(kind_of(r), "avoid" if r in verdict.bad else mark, cells))
+        rows.append(_Row(kind_of(r), mark, cells))
     return rows
 
 

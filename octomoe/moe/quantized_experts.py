@@ -38,7 +38,9 @@ class QuantizedExperts(nn.Module):
         for name, weight in (("w13", experts.w13), ("w2", experts.w2)):
             assert isinstance(weight, QTensor)
             self.register_buffer(f"{name}_data", weight.data.view(torch.uint8))
-            self.register_buffer(f"{name}_scale", weight.scale.view(torch.uint8))
+            # Cloned: bytes can be viewed only where the last stride is 1.
+            scale = weight.scale.clone(memory_format=torch.contiguous_format)
+            self.register_buffer(f"{name}_scale", scale.view(torch.uint8))
         self.w13_bias: Tensor | None
         self.w2_bias: Tensor | None
         self.register_buffer("w13_bias", experts.w13_bias)

@@ -10,6 +10,8 @@ saturates like any value that is too large, and a NaN is stored as the element's
 or in the scale where the element has none. An all-zero block gets the smallest scale.
 """
 
+from typing import Final
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,6 +19,9 @@ from torch.nn.functional import pad
 from octomoe.core.formats import ALL, Format, Rounding
 from octomoe.core.layouts import COMPACT, ScaleLayout, pack
 from octomoe.core.qtensor import QTensor, expand_scale
+
+# The mantissa of a float32.
+_MANTISSA: Final = 0x7FFFFF
 
 
 def quantize(
@@ -73,23 +78,26 @@ def block_amax(x: Tensor, format: Format) -> Tensor:
 def scale_of(amax: Tensor, format: Format) -> Tensor:
     """The scale for a block of largest magnitude `amax`, in the format's scale dtype.
 
-    Power-of-two scales are the exact ceiling, from the bits of the quotient: a subnormal quotient
-    counts as 2^-127 up to that value and as 2^-126 above.
+    A power-of-two scale is the exact ceiling of ``log2(amax / target_max)``, from the bits of both:
+    the difference of the exponents, plus one if amax has the larger mantissa. (A quotient taken
+    first would be rounded; among subnormal ones that can lose the step up.)
     """
-    quotient = amax.to(torch.float32) / format.target_max
+    amax = amax.to(torch.float32)
     # Inf is treated as NaN: no scale makes it representable.
-    quotient = torch.where(torch.isfinite(quotient), quotient, torch.nan)
+    amax = torch.where(torch.isfinite(amax), amax, torch.nan)
     if format.rounding == Rounding.EXACT:
-        return quotient.clamp_min(format.min_scale)
-    bits = quotient.view(torch.int32)
-    exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
-    is_above_power = torch.where(exponent == 0, mantissa > 0x400000, mantissa > 0)
-    exponent = exponent + is_above_power
-    exponent = torch.where(torch.isnan(quotient), 0xFF, exponent)
+        return (amax / format.target_max).clamp_min(format.min_scale)
+    target = torch.tensor(format.target_max, dtype=torch.float32, device=amax.device)
+    bits, target_bits = amax.view(torch.int32), target.view(torch.int32)
+    # Subnormal magnitudes are far below the smallest scale times any target; their exponent of 0
+    # ends up there whatever their mantissa.
+    exponent = (bits >> 23) - (target_bits >> 23) + 127
+    exponent = exponent + ((bits & _MANTISSA) > (target_bits & _MANTISSA))
     if format.scale_dtype == torch.float8_e8m0fnu:
+        exponent = torch.where(amax.isnan(), 0xFF, exponent.clamp_min(0))
         return exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
     power = (exponent.clamp_min(1) << 23).view(torch.float32)
-    return torch.where(torch.isnan(quotient), torch.nan, power)
+    return torch.where(amax.isnan(), torch.nan, power)
 
 
 def _split_axis(x: Tensor, axis: int, size: int) -> Tensor:
@@ -115,6 +123,7 @@ def _encode(x: Tensor, scale: Tensor, format: Format) -> Tensor:
     reciprocal = expand_scale(1.0 / scale.to(torch.float32), format, tuple(x.shape))
     limit = format.element.max
     scaled = torch.clamp(x.to(torch.float32) * reciprocal, -limit, limit)
-    # One NaN pattern, whatever the sign of the input's.
-    scaled = torch.where(scaled.isnan(), torch.nan, scaled)
+    # One NaN pattern, whatever the sign of the input's; none where the element has none, even
+    # under a given scale of zero or Inf.
+    scaled = torch.where(scaled.isnan(), torch.nan if format.element.has_nan else 0.0, scaled)
     return torch.where(reciprocal.isnan(), 0.0, scaled).to(format.element.dtype)

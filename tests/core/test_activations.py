@@ -93,6 +93,10 @@ def test_other_spellings(spelling: str):
         ({"limit": 0.0}, r"Activation: limit is 0.0, but needs a positive value"),
         ({"limit": -7.0}, r"Activation: limit is -7.0, but needs a positive value"),
         ({"limit": float("nan")}, r"Activation: limit is nan, but needs a positive value"),
+        ({"alpha": float("nan")}, r"Activation: alpha is nan, but needs a finite value"),
+        ({"up_offset": float("inf")}, r"Activation: up_offset is inf, but needs a finite value"),
+        ({"kind": "relu3"}, r"Activation: kind is 'relu3', but needs one of: silu, gelu"),
+        ({"limit_on": LimitOn.OUTPUT}, r"Activation: limit_on is output, but needs a limit to"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(arguments: dict, message: str):

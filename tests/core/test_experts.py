@@ -289,9 +289,41 @@ def test_numbers_of_a_layer():
         ({"w13_input_scale": torch.ones(3)}, r"w13_input_scale is torch.float32 of shape \(3,\)"),
         ({"w2_input_scale": torch.ones(1).half()}, r"w2_input_scale .* use the largest"),
         ({"w2": torch.zeros(3, 40, 24, device="meta")}, r"w2 is on meta, but needs w13's device"),
+        ({"w2_bias": torch.zeros(3, 40, device="meta")}, r"w2_bias is on meta, but needs w13's"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict, message: str):
     w13_END, w2_EDF = make_fused()
     with pytest.raises(ValueError, match=f"ExpertWeights: {message}"):
         ExpertWeights(**{"w13": w13_END, "w2": w2_EDF, **changes})
+
+
+def test_integer_weights_are_refused():
+    w13_END, w2_EDF = make_fused()
+    with pytest.raises(TypeError, match=r"ExpertWeights: w2 has dtype torch.int32, but needs a QT"):
+        ExpertWeights(w13_END, w2_EDF.int())
+
+
+def test_sizes_that_are_none_are_refused():
+    w13_END, w2_EDF = make_fused()
+    with pytest.raises(ValueError, match=r"pad_width: multiple is 0, but needs a positive size"):
+        ExpertWeights(w13_END, w2_EDF).pad_width(0)
+    with pytest.raises(ValueError, match=r"arrange: w13 has 48 rows, but needs a multiple of -2"):
+        ExpertWeights.arrange(w13_END, w2_EDF, row_order=RowOrder(chunk=-1))
+
+
+def test_append_keeps_the_larger_input_scale():
+    w13_END, w2_EDF = make_fused()
+    routed, shared = (
+        ExpertWeights(
+            w13_END, w2_EDF, w13_input_scale=torch.tensor(a), w2_input_scale=torch.tensor(b)
+        )
+        for a, b in ((0.5, 0.1), (0.25, 0.3))
+    )
+    both = routed.append(shared)
+    assert both.w13_input_scale.item() == 0.5
+    assert both.w2_input_scale.item() == pytest.approx(0.3)
+    with pytest.raises(
+        ValueError, match=r"append: shared is .* with no bias, but needs .* w13_inp"
+    ):
+        routed.append(ExpertWeights(w13_END, w2_EDF))

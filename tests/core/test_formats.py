@@ -99,7 +99,7 @@ def formats(draw: st.DrawFn) -> Format:
     element = draw(st.sampled_from([E4M3FN, E5M2, E4M3_240]))
     rounding = draw(st.sampled_from(Rounding)) if scale_dtype == F32 else Rounding.POW2
     # Zero asks for the element's own.
-    target_max = draw(st.floats(0.0, element.max, allow_subnormal=False))
+    target_max = draw(st.floats(2.0, element.max) | st.just(0.0))
     block = draw(st.tuples(SIZES, SIZES, SIZES))
     return Format(block, scale_dtype, element, rounding, target_max)
 
@@ -209,10 +209,11 @@ def test_weight_only_takes_any_weight_and_quantised_activations_need_quantised_w
         ),
         (
             {"block": (1, 1, ALL), "target_max": 449.0},
-            r"Format: target_max is 449, but needs a value in \(0, 448\] for e4m3fn",
+            r"Format: target_max is 449, but needs a value in \[2, 448\] for e4m3fn",
         ),
         ({"block": (1, 1, ALL), "target_max": -1.0}, r"Format: target_max is -1"),
         ({"block": (1, 1, ALL), "target_max": float("nan")}, r"Format: target_max is nan"),
+        ({"block": (1, 1, ALL), "rounding": "up"}, r"Format: rounding is 'up', but needs exact or"),
     ],
 )
 def test_impossible_formats_are_refused(arguments: dict, message: str):

@@ -286,3 +286,9 @@ def test_constructor_refuses_parts_that_do_not_fit():
 def test_expert_refuses_two_axes():
     with pytest.raises(ValueError, match=r"QTensor.expert: data has shape \(4, 64\), but needs"):
         make_inputs(MXFP8, (4, 64)).expert(0)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_expert_refuses_an_index_that_is_none(index: int):
+    with pytest.raises(IndexError, match=rf"QTensor.expert: index is {index}, but needs 0 to 1"):
+        make_inputs(MXFP8, (2, 4, 64)).expert(index)

@@ -27,10 +27,11 @@ from octomoe import (
 )
 from octomoe.ops import dispatch
 
-X_TD, W_ENK, IDS_TA = torch.randn(4, 32), torch.randn(2, 32, 32), torch.tensor([[0], [1], [0], [0]])
+X_TD, IDS_TA = torch.linspace(-1, 1, 128).view(4, 32), torch.tensor([[0], [1], [0], [0]])
+W_ENK = torch.linspace(-2, 1, 2048).view(2, 32, 32)
 ROUTING = build_routing(IDS_TA, 2)
-EXPERTS = ExpertWeights(w13=torch.randn(2, 64, 32), w2=W_ENK)
-ROUTER_WEIGHTS_TA = torch.rand(4, 1)
+EXPERTS = ExpertWeights(w13=torch.cat([W_ENK, -W_ENK], dim=1), w2=W_ENK)
+ROUTER_WEIGHTS_TA = torch.full((4, 1), 0.5)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 CASES = {

@@ -17,13 +17,9 @@ from octomoe import (
     FP8_GROUP128,
     FP8_TENSOR,
     FP8_TOKEN,
-    GELU,
-    GELU_TANH,
     MXFP8,
     MXFP8_2D,
-    RELU2,
     SILU,
-    SWIGLU_OAI,
     Activation,
     ExpertWeights,
     Format,
@@ -64,21 +60,22 @@ class Pair:
     is_static: bool = False
 
 
+# Floors are half a dB below what the reference reaches on the case "real".
 PAIRS = {
     "unquantised": Pair(None, None, 100.0),
-    "tensor x tensor": Pair(FP8_TENSOR, FP8_TENSOR, 25.0),
-    "tensor x static": Pair(FP8_TENSOR, FP8_TENSOR, 25.0, is_static=True),
-    "tensor x token": Pair(FP8_TENSOR, FP8_TOKEN, 25.0),
-    "channel x token": Pair(FP8_CHANNEL, FP8_TOKEN, 25.0),
-    "expert x token": Pair(FP8_EXPERT, FP8_TOKEN, 25.0),
-    "block x group": Pair(FP8_BLOCK128, FP8_GROUP128, 25.0),
-    "mx x mx": Pair(MXFP8, MXFP8, 25.0),
-    "mx squares x mx": Pair(MXFP8_2D, MXFP8, 25.0),
-    "tensor": Pair(FP8_TENSOR, None, 28.0),
-    "channel": Pair(FP8_CHANNEL, None, 28.0),
-    "expert": Pair(FP8_EXPERT, None, 28.0),
-    "block": Pair(FP8_BLOCK128, None, 28.0),
-    "mx": Pair(MXFP8, None, 28.0),
+    "tensor x tensor": Pair(FP8_TENSOR, FP8_TENSOR, 23.4),
+    "tensor x static": Pair(FP8_TENSOR, FP8_TENSOR, 23.2, is_static=True),
+    "tensor x token": Pair(FP8_TENSOR, FP8_TOKEN, 23.5),
+    "channel x token": Pair(FP8_CHANNEL, FP8_TOKEN, 23.5),
+    "expert x token": Pair(FP8_EXPERT, FP8_TOKEN, 23.5),
+    "block x group": Pair(FP8_BLOCK128, FP8_GROUP128, 23.6),
+    "mx x mx": Pair(MXFP8, MXFP8, 23.2),
+    "mx squares x mx": Pair(MXFP8_2D, MXFP8, 23.2),
+    "tensor": Pair(FP8_TENSOR, None, 26.3),
+    "channel": Pair(FP8_CHANNEL, None, 26.4),
+    "expert": Pair(FP8_EXPERT, None, 26.3),
+    "block": Pair(FP8_BLOCK128, None, 26.3),
+    "mx": Pair(MXFP8, None, 26.2),
 }
 
 
@@ -96,25 +93,15 @@ EACH_DYNAMIC = each([n for n, p in PAIRS.items() if p.activations is not None an
 # may round to the other side, which alone would leave some 55 dB; so would rounding y to bf16.
 AGREES_DB = 50.0
 ACTIVATIONS = (
-    SILU,
-    GELU,
-    GELU_TANH,
-    SWIGLU_OAI,
-    RELU2,
-    Activation.parse("relu2"),
-    Activation.parse("silu:limit=0.5"),
-    Activation.parse("silu:output_limit=0.5"),
-    Activation.parse("gelu:ungated"),
+    *("silu", "gelu", "gelu_tanh", "relu2", "silu:alpha=1.702,limit=7.0,up_offset=1.0"),
+    *("silu:limit=0.5", "silu:output_limit=0.5", "relu2:ungated", "gelu:ungated"),
 )
+MAP = torch.tensor([-1, 2, 0, -1, 3, 1, -1])
 OPTIONS = {
     "scaling": {"routed_scaling_factor": 2.5},
     "weight on input": {"apply_router_weight_on_input": True},
-    "local experts": {"expert_map": torch.tensor([-1, 2, 0, -1, 3, 1, -1])},
-    "all": {
-        "routed_scaling_factor": 0.5,
-        "apply_router_weight_on_input": True,
-        "expert_map": torch.tensor([3, -1, 2, -1, 1, 0, -1], dtype=torch.int32),
-    },
+    "local experts": {"expert_map": MAP.int()},
+    "all": {"expert_map": MAP, "apply_router_weight_on_input": True, "routed_scaling_factor": 0.5},
 }
 
 
@@ -138,11 +125,10 @@ def make_experts(case, device, seed, activation=SILU, has_bias=True):
 
 def make_inputs(case, device, seed, draw_ids, num_global=None, dtype=torch.float32):
     num_tokens, num_experts, num_choices, pattern, hidden_size, _ = case
-    generator = torch.Generator().manual_seed(seed)
+    # Not the seed of the weights: rows of x would be rows of w13.
+    generator = torch.Generator().manual_seed(1000 + seed)
     x_TD = torch.randn(num_tokens, hidden_size, generator=generator).to(device, dtype)
     weights_TA = torch.rand(num_tokens, num_choices, generator=generator).to(device)
-    if pattern == "none":
-        return x_TD, weights_TA, torch.full((num_tokens, num_choices), -1, device=device)
     ids_TA = draw_ids(num_tokens, num_global or num_experts, num_choices, pattern, seed)
     return x_TD, weights_TA, ids_TA.to(device)
 
@@ -152,7 +138,7 @@ def in_formats(experts, pair):
     if pair.weights is not None:
         experts = quantize_experts(experts, pair.weights)
     if pair.is_static:
-        scale_in, scale_mid = (torch.tensor(s, device=experts.device) for s in (0.011, 0.009))
+        scale_in, scale_mid = (torch.tensor(s, device=experts.device) for s in (0.012, 0.03))
         experts = replace(experts, w13_input_scale=scale_in, w2_input_scale=scale_mid)
     return experts
 
@@ -167,41 +153,40 @@ def naive_moe(naive_quantize, naive_values, naive_activation):
         is_static = scale is not None and format == FP8_TENSOR
         return naive_values(naive_quantize(rows_CK, format, scale.item() if is_static else None))
 
-    def moe(inputs, experts, activation_format=None, **options):
-        x_TD, weights_TA, ids_TA = inputs
-        dtype, expert_map = x_TD.dtype, options.get("expert_map")
+    def moe(inputs, experts, format=None, expert_map=None, **options):
         is_on_input = options.get("apply_router_weight_on_input", False)
-        factor = options.get("routed_scaling_factor", 1.0)
-        x_TD, weights_TA = x_TD.cpu(), weights_TA.cpu().float()
+        x_TD, weights_TA, ids_TA = (tensor.cpu() for tensor in inputs)
+        dtype, scale_in, scale_mid = x_TD.dtype, experts.w13_input_scale, experts.w2_input_scale
         w13_END, w2_EDF = naive_values(experts.w13), naive_values(experts.w2)
+        b13_EN, b2_ED = (
+            torch.zeros(w.shape[:2]) if bias is None else bias.double().cpu()
+            for w, bias in ((w13_END, experts.w13_bias), (w2_EDF, experts.w2_bias))
+        )
+        local = range(experts.num_experts) if expert_map is None else expert_map.tolist()
         choices = [
-            (t, a, e if expert_map is None else int(expert_map[e]))
+            (t, a, local[e])
             for t, ids in enumerate(ids_TA.tolist())
             for a, e in enumerate(ids)
-            if e >= 0 and (expert_map is None or expert_map[e] >= 0)
+            if e >= 0 and local[e] >= 0
         ]
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
         if not choices:
             return y_TD
         if is_on_input:
             rows = [(x_TD[t].float() * weights_TA[t, a]).to(dtype) for t, a, _ in choices]
-            x_CD = rounded(torch.stack(rows), activation_format, experts.w13_input_scale, dtype)
+            x_CD = rounded(torch.stack(rows), format, scale_in, dtype)
         else:
-            x_TD = rounded(x_TD, activation_format, experts.w13_input_scale, dtype)
+            x_TD = rounded(x_TD, format, scale_in, dtype)
             x_CD = torch.stack([x_TD[t] for t, _, _ in choices])
-        middle = []
-        for x_D, (_, _, e) in zip(x_CD, choices, strict=True):
-            h_N = w13_END[e] @ x_D
-            if experts.w13_bias is not None:
-                h_N += experts.w13_bias[e].double().cpu()
-            middle.append(naive_activation(h_N, experts.activation))
-        h_CF = rounded(torch.stack(middle), activation_format, experts.w2_input_scale, dtype)
+        h_CF = [
+            naive_activation(w13_END[e] @ x_D + b13_EN[e], experts.activation)
+            for x_D, (_, _, e) in zip(x_CD, choices, strict=True)
+        ]
+        h_CF = rounded(torch.stack(h_CF), format, scale_mid, dtype)
         for h_F, (t, a, e) in zip(h_CF, choices, strict=True):
-            y_D = w2_EDF[e] @ h_F
-            if experts.w2_bias is not None:
-                y_D += experts.w2_bias[e].double().cpu()
-            y_TD[t] += y_D if is_on_input else weights_TA[t, a].double() * y_D
-        return factor * y_TD
+            weight = 1.0 if is_on_input else weights_TA[t, a].double()
+            y_TD[t] += weight * (w2_EDF[e] @ h_F + b2_ED[e])
+        return options.get("routed_scaling_factor", 1.0) * y_TD
 
     return moe
 
@@ -264,9 +249,9 @@ def test_options(options, pair, device, draw_ids, assert_agrees):
 
 
 @each(["unquantised", "channel x token", "mx x mx", "block"])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, pair, device, draw_ids, assert_agrees):
-    experts = in_formats(make_experts(SMALL, device, 3, activation), pair)
+    experts = in_formats(make_experts(SMALL, device, 3, Activation.parse(activation)), pair)
     assert_agrees(make_inputs(SMALL, device, 3, draw_ids), experts, pair)
 
 
