@@ -137,7 +137,8 @@ class Format:
         """The same block with another rounding, element or target; the rest follows."""
         return replace(
             self,
-            rounding=self.rounding if rounding is None else rounding,
+            # A wrong name is refused by the constructor, in its words.
+            rounding=self.rounding if rounding is None else rounding,  # type: ignore[arg-type]
             element=self.element if element is None else element,
             target_max=target_max,
         )
