@@ -40,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "plain_memory: fresh memory is left as the allocator gives it",
     ):
         config.addinivalue_line("markers", line)
+    # Tensors are small here, and tests may run side by side: a second thread costs more than it
+    # gives (the ops' tests took 101 s with two threads on two busy cores, 45 s with one).
+    torch.set_num_threads(1)
     # derandomize: like every other seed here, hypothesis' comes from the test's name.
     hypothesis.settings.register_profile(
         "octomoe",

@@ -19,7 +19,7 @@ import octomoe
 from octomoe.cli.doctor import versions
 from octomoe.errors import refusal
 from octomoe.evaluate.compare import Comparison, measure_baseline
-from octomoe.evaluate.report import advice, write_report
+from octomoe.evaluate.report import advice, is_bad, write_report
 from octomoe.evaluate.run import run_scheme
 from octomoe.evaluate.schemes import SCHEMES
 from octomoe.integrations.transformers import (
@@ -34,8 +34,6 @@ _EXAMPLES: Final = Path(octomoe.__file__).parents[1] / "examples"
 # vocabulary entry.
 _MAX_PREDICTION_BYTES: Final = 4 << 30
 _SEQUENCES_PER_BATCH: Final = 8
-# Per cent of perplexity from which a row is red.
-_BAD_CHANGE: Final = 5.0
 
 
 def demo(
@@ -154,13 +152,19 @@ def _print(console: Console, comparison: Comparison, report: Path) -> None:
     title = f"{comparison.model}: {comparison.num_tokens} tokens of {comparison.text}"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("weights × activations", no_wrap=True)
-    for column in ("bytes", "SQNR dB", "KL", "top-1 %", "perplexity", "change"):
-        table.add_column(column, justify="right", no_wrap=True)
+    # Numbers are never cut, however narrow the terminal: names are.
+    for column, width in (
+        ("bytes", 5),
+        ("SQNR", 5),
+        ("KL", 6),
+        ("top-1", 5),
+        ("perplexity", 10),
+        ("change", 8),
+    ):
+        table.add_column(column, justify="right", no_wrap=True, min_width=width)
     bytes_per_weight = f"{comparison.bytes_per_weight:.3f}"
-    base = comparison.perplexity
-    table.add_row("unquantised", bytes_per_weight, "", "", "", f"{base:.3f}", "")
+    table.add_row("unquantised", bytes_per_weight, "", "", "", f"{comparison.perplexity:.3f}", "")
     for r in comparison.results:
-        change = 100 * (r.perplexity / base - 1)
         table.add_row(
             r.name,
             f"{r.bytes_per_weight:.3f}",
@@ -168,8 +172,8 @@ def _print(console: Console, comparison: Comparison, report: Path) -> None:
             f"{r.kl:.4f}",
             f"{100 * r.top1:.1f}",
             f"{r.perplexity:.3f}",
-            f"{change:+.2f} %",
-            style="red" if change > _BAD_CHANGE else None,
+            f"{comparison.perplexity_change(r):+.2f} %",
+            style="red" if is_bad(r, comparison) else None,
         )
     console.print(table)
     console.print(advice(comparison))

@@ -11,16 +11,19 @@ from octomoe.errors import refusal
 from octomoe.evaluate.metrics import WeightQuality, sqnr_db
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SchemeResult:
     """What one scheme costs.
 
     Attributes:
         name: the scheme's name.
         weights, activations: names of the formats; activations is "" for weight-only.
+        averages_scales: whether the scales were averaged over the experts.
         bytes_per_weight: bytes of data and scales per expert weight.
         sqnr_db: SQNR of all expert weights together, dB.
+        saturated, flushed: fractions of all expert weights; see `WeightQuality`.
         kl: mean over tokens of KL(original || quantised) between predictions, nats.
+        kl_error: standard error of that mean, tokens taken as independent.
         top1: fraction of tokens for which both predict the same token.
         perplexity: of the quantised model.
         layer_sqnr_db: layer name -> SQNR of the experts' output on the original's hidden states.
@@ -31,9 +34,13 @@ class SchemeResult:
     name: str
     weights: str
     activations: str
+    averages_scales: bool
     bytes_per_weight: float
     sqnr_db: float
+    saturated: float
+    flushed: float
     kl: float
+    kl_error: float
     top1: float
     perplexity: float
     layer_sqnr_db: dict[str, float]
@@ -63,6 +70,10 @@ class Comparison:
     results: list[SchemeResult]
     command: str
     versions: dict[str, str] = field(default_factory=dict)
+
+    def perplexity_change(self, result: SchemeResult) -> float:
+        """Change of a scheme's perplexity against the unquantised model's, in per cent."""
+        return 100.0 * (result.perplexity / self.perplexity - 1.0)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ class TextQuality:
     """How a quantised model predicts, against the baseline; see `SchemeResult`."""
 
     kl: float
+    kl_error: float
     top1: float
     perplexity: float
 
@@ -140,18 +152,24 @@ def measure_text(
     model: nn.Module, baseline: Baseline, on_batch: Callable[[], None] = lambda: None
 ) -> TextQuality:
     """Run a quantised model on the baseline's text and compare its predictions."""
-    nll, kl, agreed, num_next, num_tokens = 0.0, 0.0, 0, 0, 0
+    nll, agreed, num_next = 0.0, 0, 0
+    divergences: list[Tensor] = []
     for tokens_BL, expected_BLV in zip(baseline.batches, baseline.log_probs, strict=True):
         actual_BLV = _log_probs(model, tokens_BL)
         nll += _next_token_nll(actual_BLV, tokens_BL)
         for expected_LV, actual_LV in zip(expected_BLV, actual_BLV, strict=True):
             divergence_L = (expected_LV.exp() * (expected_LV - actual_LV)).sum(dim=-1)
-            kl += divergence_L.double().sum().item()
+            divergences.append(divergence_L.double())
         agreed += int((expected_BLV.argmax(-1) == actual_BLV.argmax(-1)).sum())
         num_next += tokens_BL[:, 1:].numel()
-        num_tokens += tokens_BL.numel()
         on_batch()
-    return TextQuality(kl / num_tokens, agreed / num_tokens, exp(nll / num_next))
+    divergence_T = torch.cat(divergences)
+    return TextQuality(
+        kl=divergence_T.mean().item(),
+        kl_error=(divergence_T.std() / divergence_T.numel() ** 0.5).item(),
+        top1=agreed / divergence_T.numel(),
+        perplexity=exp(nll / num_next),
+    )
 
 
 @torch.no_grad()

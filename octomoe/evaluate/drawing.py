@@ -14,8 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
 from octomoe.errors import missing_package
-from octomoe.evaluate.compare import Comparison, SchemeResult
-from octomoe.evaluate.schemes import SCHEMES
+from octomoe.evaluate.compare import SchemeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,13 +57,12 @@ _STYLE: Final[dict[str, Any]] = {
     "ytick.color": _MUTED,
     "ytick.labelcolor": _INK,
 }
-_AVERAGED: Final = {scheme.name for scheme in SCHEMES if scheme.averages_scales}
 _MAX_LABELS: Final = 16
 
 
 def kind_of(result: SchemeResult) -> str:
     """Key of `KINDS`: what the scheme quantises, or that it averages scales."""
-    if result.name in _AVERAGED:
+    if result.averages_scales:
         return "averaged"
     return "both" if result.activations else "weights"
 
@@ -72,11 +70,6 @@ def kind_of(result: SchemeResult) -> str:
 def colour_of(result: SchemeResult) -> str:
     """Colour of the scheme's dots and lines."""
     return KINDS[kind_of(result)][1]
-
-
-def perplexity_change(result: SchemeResult, comparison: Comparison) -> float:
-    """Change of the perplexity against the unquantised model's, in per cent."""
-    return 100.0 * (result.perplexity / comparison.perplexity - 1.0)
 
 
 def by_kl(result: SchemeResult) -> tuple[float, float]:

@@ -22,7 +22,6 @@ from octomoe.evaluate.drawing import (
     mark_layers,
     number,
     percent,
-    perplexity_change,
     power,
     short_layer_names,
     span_x,
@@ -55,7 +54,7 @@ def plot_cost(comparison: Comparison) -> str:
         _dots(left, results, [r.kl for r in results], number)
         left.set_title("KL in nats, logarithmic")
         middle.set_xscale("symlog", linthresh=0.1)
-        _dots(middle, results, [perplexity_change(r, comparison) for r in results], percent)
+        _dots(middle, results, [comparison.perplexity_change(r) for r in results], percent)
         middle.set_title("change of perplexity in %")
         _dots(right, results, [r.bytes_per_weight for r in results], "{:.3f}".format)
         right.set_title(f"bytes per weight (was {comparison.bytes_per_weight:g})")

@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from math import isfinite
+from math import hypot, isfinite
 from pathlib import Path, PurePath
 from typing import Final
 
 from octomoe.errors import missing_package
 from octomoe.evaluate.compare import Comparison, SchemeResult
-from octomoe.evaluate.drawing import KINDS, by_kl, kind_of, number, percent, perplexity_change
+from octomoe.evaluate.drawing import KINDS, by_kl, kind_of, number, percent
 from octomoe.evaluate.plots import plot_cost, plot_layers, plot_scales, plot_weights
 
 # A KL this many times the best one's of the same kind is worth a warning.
@@ -99,6 +99,11 @@ def write_report(comparison: Comparison, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_bad(result: SchemeResult, comparison: Comparison) -> bool:
+    """Whether a scheme of the comparison is one to avoid."""
+    return result in _judge(comparison.results).bad
+
+
 def advice(comparison: Comparison) -> str:
     """One sentence on which schemes to choose and which to avoid, with the figures behind it."""
     verdict = _judge(comparison.results)
@@ -108,7 +113,8 @@ def advice(comparison: Comparison) -> str:
         only = verdict.worst
         return f"Only “{only.name}” was measured: {_figures(only, comparison)}."
     choices = [
-        f"for {KINDS[kind_of(r)][0]} choose “{r.name}” ({_figures(r, comparison)})"
+        f"for {KINDS[kind_of(r)][0]} choose “{r.name}” "
+        f"({_figures(r, comparison)}{_ties(r, comparison)})"
         for r in verdict.best
     ]
     text = ", ".join(choices) or "none of these schemes can be advised"
@@ -126,7 +132,7 @@ def advice(comparison: Comparison) -> str:
 def _judge(results: list[SchemeResult]) -> _Verdict:
     """Compare each scheme with the best of those that quantise as much, activations or not."""
     ordered = sorted(results, key=by_kl)
-    sound = [r for r in ordered if isfinite(r.kl) and kind_of(r) != "averaged"]
+    sound = [r for r in ordered if isfinite(r.kl) and not r.averages_scales]
     best: dict[bool, SchemeResult] = {}
     for r in sound:
         best.setdefault(bool(r.activations), r)
@@ -140,8 +146,21 @@ def _judge(results: list[SchemeResult]) -> _Verdict:
 
 
 def _figures(r: SchemeResult, comparison: Comparison) -> str:
-    change = percent(perplexity_change(r, comparison))
-    return f"KL {number(r.kl)}, perplexity {change} %, {r.bytes_per_weight:.3f} bytes per weight"
+    change = percent(comparison.perplexity_change(r))
+    kl = f"KL {number(r.kl)} ± {number(r.kl_error, 1)}"
+    return f"{kl}, perplexity {change} %, {r.bytes_per_weight:.3f} bytes per weight"
+
+
+def _ties(best: SchemeResult, comparison: Comparison) -> str:
+    """How many of its kind do as well as the best, within twice the error of the difference."""
+    ties = [
+        r
+        for r in comparison.results
+        if r is not best
+        and kind_of(r) == kind_of(best)
+        and r.kl - best.kl < 2 * hypot(r.kl_error, best.kl_error)
+    ]
+    return f"; {len(ties)} more within the noise" if ties else ""
 
 
 def _why_bad(r: SchemeResult, comparison: Comparison) -> str:
@@ -151,7 +170,7 @@ def _why_bad(r: SchemeResult, comparison: Comparison) -> str:
     least = min(comparison.results, key=by_kl)
     reasons = [
         f"its KL is {number(r.kl)} where “{least.name}” has {number(least.kl)}",
-        f"it changes perplexity by {percent(perplexity_change(r, comparison))} %",
+        f"it changes perplexity by {percent(comparison.perplexity_change(r))} %",
     ]
     most_db = max(other.sqnr_db for other in comparison.results)
     if r.sqnr_db < most_db - _BAD_DB:
@@ -202,10 +221,12 @@ def _rows(comparison: Comparison) -> list[_Row]:
             r.activations or "–",
             f"{r.bytes_per_weight:.3f}",
             number(r.sqnr_db, 4),
+            number(100 * r.flushed, 2),
+            number(100 * r.saturated, 2),
             number(r.kl),
             f"{100 * r.top1:.1f}",
             _perplexity(r.perplexity),
-            percent(perplexity_change(r, comparison)),
+            percent(comparison.perplexity_change(r)),
         ]
         rows.append(_Row(kind_of(r), mark, cells))
     return rows

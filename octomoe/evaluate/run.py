@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ def run_scheme(
     modules = {name: model.get_submodule(name) for name in originals}
     qualities: list[WeightQuality] = []
     signal, noise, num_bytes, num_weights = 0.0, 0.0, 0, 0
+    saturated, flushed = 0.0, 0.0
     try:
         for name, experts in originals.items():
             original = fit_width(experts, scheme.weights)
@@ -49,9 +51,12 @@ def run_scheme(
                 num_weights += weight.numel()
                 signal += weight.double().square().sum().item()
                 noise += (weight.double() - q.dequantize().double()).square().sum().item()
-                qualities.append(weight_quality(name, which, weight, q))
+                quality = weight_quality(name, which, weight, q)
+                saturated += fmean(quality.saturated) * weight.numel()
+                flushed += fmean(quality.flushed) * weight.numel()
+                qualities.append(quality)
         layers = measure_layers(model, baseline)
-        quality = measure_text(model, baseline, on_batch)
+        predictions = measure_text(model, baseline, on_batch)
     finally:
         for name, module in modules.items():
             model.set_submodule(name, module)
@@ -59,11 +64,15 @@ def run_scheme(
         name=scheme.name,
         weights=scheme.weights.name,
         activations=scheme.activations.name if scheme.activations else "",
+        averages_scales=scheme.averages_scales,
         bytes_per_weight=num_bytes / num_weights,
         sqnr_db=ratio_db(signal, noise),
-        kl=quality.kl,
-        top1=quality.top1,
-        perplexity=quality.perplexity,
+        saturated=saturated / num_weights,
+        flushed=flushed / num_weights,
+        kl=predictions.kl,
+        kl_error=predictions.kl_error,
+        top1=predictions.top1,
+        perplexity=predictions.perplexity,
         layer_sqnr_db=layers,
         weight_quality=qualities,
         seconds=time.monotonic() - started,

@@ -51,8 +51,9 @@ def test_kl_and_agreement_are_those_of_the_definition():
     p = torch.cat(batches).flatten()
     log_p = model.table.weight[p].double().log_softmax(-1)
     log_q = other.table.weight[p].double().log_softmax(-1)
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    assert quality.kl == pytest.approx(expected, rel=1e-5)
+    kl_T = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert quality.kl == pytest.approx(kl_T.mean().item(), rel=1e-5)
+    assert quality.kl_error == pytest.approx(kl_T.std().item() / len(kl_T) ** 0.5, rel=1e-5)
     agreed = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert quality.top1 == pytest.approx(agreed)
 

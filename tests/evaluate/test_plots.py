@@ -49,17 +49,21 @@ def make_result(case, num_layers: int, num_experts: int) -> SchemeResult:
     ]
     layer_sqnr = {layer: layer_db - 0.1 * i for i, layer in enumerate(layers)}
     return SchemeResult(
-        name,
-        weights,
-        activations,
-        num_bytes,
-        weight_db,
-        kl,
-        0.97,
-        perplexity,
-        layer_sqnr,
-        qualities,
-        1.0,
+        name=name,
+        weights=weights,
+        activations=activations,
+        averages_scales="averaged" in name,
+        bytes_per_weight=num_bytes,
+        sqnr_db=weight_db,
+        saturated=0.0,
+        flushed=0.001,
+        kl=kl,
+        kl_error=kl / 100,
+        top1=0.97,
+        perplexity=perplexity,
+        layer_sqnr_db=layer_sqnr,
+        weight_quality=qualities,
+        seconds=1.0,
     )
 
 

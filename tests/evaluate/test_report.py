@@ -38,17 +38,21 @@ def make_comparison(cases=CASES, has_layers: bool = False, **changes) -> Compari
         layers, qualities = ({LAYER: sqnr - 2}, [quality]) if has_layers else ({}, [])
         results.append(
             SchemeResult(
-                name,
-                weights,
-                activations,
-                1.0256,
-                sqnr,
-                kl,
-                0.9712,
-                perplexity,
-                layers,
-                qualities,
-                1.0,
+                name=name,
+                weights=weights,
+                activations=activations,
+                averages_scales="averaged" in name,
+                bytes_per_weight=1.0256,
+                sqnr_db=sqnr,
+                saturated=0.0,
+                flushed=0.00123,
+                kl=kl,
+                kl_error=0.0001,
+                top1=0.9712,
+                perplexity=perplexity,
+                layer_sqnr_db=layers,
+                weight_quality=qualities,
+                seconds=1.0,
             )
         )
     comparison = Comparison(
@@ -105,10 +109,12 @@ def render(comparison: Comparison, folder: Path) -> Page:
 
 def test_table_holds_the_unquantised_model_and_then_every_scheme_once(tmp_path):
     _, baseline, *rows = render(make_comparison(), tmp_path).table
-    assert baseline == ["unquantised", "–", "–", "2.000", "–", "0", "100.0", "10.000", "–"]
+    dashes = ["–", "–", "–"]
+    assert baseline == ["unquantised", "–", "–", "2.000", *dashes, "0", "100.0", "10.000", "–"]
     marks = ["", " least KL", " least KL", "", " avoid"]
     assert [row[0] for row in rows] == [c[0] + m for c, m in zip(CASES, marks, strict=True)]
-    assert rows[1][1:] == ["fp8_row", "–", "1.026", "31.70", "0.00300", "97.1", "10.010", "+0.10"]
+    assert rows[1][1:7] == ["fp8_row", "–", "1.026", "31.70", "0.12", "0"]
+    assert rows[1][7:] == ["0.00300", "97.1", "10.010", "+0.10"]
     assert rows[2][1:3] == ["fp8_row", "fp8_row"]
     assert rows[2][-1] == "−0.10"
 
@@ -157,8 +163,8 @@ def test_numbers_that_are_not_finite_are_shown_as_they_are(tmp_path):
     comparison = with_result(comparison, 1, kl=inf, perplexity=inf, sqnr_db=inf)
     rows = render(comparison, tmp_path).table[2:]
     assert rows[0][0] == "tensor avoid"
-    assert rows[0][4:] == ["−∞", "nan", "97.1", "nan", "nan"]
-    assert rows[1][4:] == ["∞", "∞", "97.1", "∞", "+∞"]
+    assert rows[0][4:] == ["−∞", "0.12", "0", "nan", "97.1", "nan", "nan"]
+    assert rows[1][4:] == ["∞", "0.12", "0", "∞", "97.1", "∞", "+∞"]
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case[0])
@@ -211,9 +217,9 @@ def test_missing_package_is_said_before_anything_is_written(tmp_path, monkeypatc
 
 def test_advice_names_the_least_kl_of_each_kind_and_what_to_avoid():
     assert advice(make_comparison()) == (
-        "For weights only choose “channel” (KL 0.00300, perplexity +0.10 %, 1.026 bytes per "
-        "weight), for weights and activations choose “channel × token” (KL 0.00600, perplexity "
-        "−0.10 %, 1.026 bytes per weight); avoid “channel, scales averaged”: its KL is 0.250 "
+        "For weights only choose “channel” (KL 0.00300 ± 0.0001, perplexity +0.10 %, 1.026 bytes "
+        "per weight), for weights and activations choose “channel × token” (KL 0.00600 ± 0.0001, "
+        "perplexity −0.10 %, 1.026 bytes per weight); avoid “channel, scales averaged”: its KL is 0.250 "
         "where “channel” has 0.00300, it changes perplexity by +20.0 % and its weights keep "
         "9.00 dB where others keep 31.7."
     )
@@ -232,6 +238,11 @@ def test_advice_follows_the_numbers():
 def test_of_equal_kl_fewer_bytes_are_advised():
     comparison = with_result(make_comparison(), 0, kl=0.003, bytes_per_weight=1.0)
     assert "choose “tensor”" in advice(comparison)
+
+
+def test_schemes_that_differ_by_less_than_the_noise_are_counted():
+    comparison = with_result(make_comparison(), 0, kl=0.0031)
+    assert "1.026 bytes per weight; 1 more within the noise), for" in advice(comparison)
 
 
 def test_averaged_scales_are_never_advised():
@@ -257,5 +268,5 @@ def test_schemes_that_predict_no_numbers_are_to_be_avoided(kl: float):
 
 def test_advice_on_one_scheme_or_none():
     only = advice(make_comparison(CASES[:1]))
-    assert only.startswith("Only “tensor” was measured: KL 0.00400, perplexity +0.20 %")
+    assert only.startswith("Only “tensor” was measured: KL 0.00400 ± 0.0001, perplexity +0.20 %")
     assert advice(make_comparison([])) == "No scheme was measured."

@@ -138,8 +138,8 @@ def in_formats(experts, pair):
     if pair.weights is not None:
         experts = quantize_experts(experts, pair.weights)
     if pair.is_static:
-        scale_in, scale_mid = (torch.tensor(s, device=experts.device) for s in (0.012, 0.03))
-        experts = replace(experts, w13_input_scale=scale_in, w2_input_scale=scale_mid)
+        scale, scale_mid = torch.tensor([[0.012], [0.03]], device=experts.device)
+        experts = replace(experts, w13_input_scale=scale, w2_input_scale=scale_mid)
     return experts
 
 
@@ -203,8 +203,7 @@ def assert_agrees(naive_moe, sqnr_db):
 
 def run(inputs, experts, pair, *, expert_map=None, **options):
     x_TD, weights_TA, ids_TA = inputs
-    if expert_map is not None:
-        options["expert_map"] = expert_map.to(x_TD.device)
+    options["expert_map"] = None if expert_map is None else expert_map.to(x_TD.device)
     options["activation_format"] = pair.activations
     return fused_moe(x_TD, experts, weights_TA, ids_TA, **options)
 
@@ -223,11 +222,14 @@ def walk(inputs, experts, format):
 def experts_of(experts, keep):
     """Some of the experts, as a rank of expert parallelism holds them."""
 
+    def take(x):
+        return torch.stack([x[e].view(torch.uint8) for e in keep]).view(x.dtype)
+
     def cut(weight):
         if not isinstance(weight, QTensor):
             return weight[keep]
-        scale = weight.scale if weight.format.block[0] != 1 else weight.scale[keep]
-        return QTensor(weight.data[keep], scale, weight.format)
+        scale = weight.scale if weight.format.block[0] != 1 else take(weight.scale)
+        return QTensor(take(weight.data), scale, weight.format)
 
     biases = {"w13_bias": experts.w13_bias[keep], "w2_bias": experts.w2_bias[keep]}
     return replace(experts, w13=cut(experts.w13), w2=cut(experts.w2), **biases)

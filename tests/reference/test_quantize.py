@@ -52,7 +52,13 @@ CASES = {
     "divides nothing, experts": (3, 129, 37),
     "divides all": (2, 128, 128),
 }
-E8M0_FORMATS = (MXFP8, MXFP8_E5M2, MXFP8.derive(element=E4M3_240), MXFP8.derive(target_max=256.0))
+E8M0_FORMATS = (
+    MXFP8,
+    MXFP8_E5M2,
+    MXFP8.derive(element=E4M3_240),
+    MXFP8.derive(target_max=256.0),
+    MXFP8.derive(target_max=2.0),
+)
 SINGLE = Format((1, 1, 1))
 
 
@@ -95,9 +101,9 @@ def bytes_of(x):
 
 @pytest.mark.parametrize("format", VARIANTS, ids=lambda f: f.name)
 @pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
-def test_agrees_with_a_naive_loop(shape, format, naive_quantize, assert_same_bits):
-    x = make_inputs(shape, seed=1)
-    assert_same_bits(quantize(x, format), naive_quantize(x, format))
+def test_agrees_with_a_naive_loop(shape, format, device, naive_quantize, assert_same_bits):
+    x = make_inputs(shape, seed=1).to(device)
+    assert_same_bits(quantize(x, format).to("cpu"), naive_quantize(x, format))
 
 
 @given(
@@ -119,29 +125,29 @@ def test_agrees_with_a_naive_loop_on_ragged_shapes(
 
 
 @pytest.mark.parametrize("format", E8M0_FORMATS, ids=lambda f: f.name)
-def test_e8m0_scale_is_the_exact_ceiling(format):
+def test_e8m0_scale_is_the_exact_ceiling(format, device):
     amax_T1 = many_amax(format)
     expected = [
         min(max(exact_power(a, format.target_max), -127), 127) + 127
         for a in amax_T1.double().flatten().tolist()
     ]
-    code_T = bytes_of(quantize(amax_T1, format).scale).flatten().int()
+    code_T = bytes_of(quantize(amax_T1.to(device), format).scale).flatten().int().cpu()
     wrong = (code_T != torch.tensor(expected)).nonzero().flatten()
     listed = [(float.hex(amax_T1[i].item()), code_T[i].item(), expected[i]) for i in wrong]
     assert not listed, f"(amax, byte, exact byte): {listed[:8]}"
 
 
 @pytest.mark.parametrize("format", E8M0_FORMATS, ids=lambda f: f.name)
-def test_e8m0_scale_of_no_number(format):
-    amax_T1 = torch.tensor([[0.0], [-0.0], [math.nan], [math.inf], [-math.inf]])
+def test_e8m0_scale_of_no_number(format, device):
+    amax_T1 = torch.tensor([[0.0], [-0.0], [math.nan], [math.inf], [-math.inf]], device=device)
     assert bytes_of(quantize(amax_T1, format).scale).flatten().tolist() == [0, 0, 255, 255, 255]
 
 
 @pytest.mark.parametrize("element", [FP8_ROW.element, E5M2, E4M3_240], ids=lambda e: e.name)
-def test_pow2_scale_is_a_power_of_two_and_never_saturates(element):
+def test_pow2_scale_is_a_power_of_two_and_never_saturates(element, device):
     format = FP8_ROW.derive(element=element, rounding="pow2")
     amax_T1 = many_amax(format)
-    scale_T1 = quantize(amax_T1, format).scale
+    scale_T1 = quantize(amax_T1.to(device), format).scale.cpu()
     assert not (scale_T1.view(torch.int32) & 0x007FFFFF).any()
     for a, scale in zip(amax_T1.flatten().tolist(), scale_T1.flatten().tolist(), strict=True):
         assert Fraction(a) <= Fraction(format.target_max) * Fraction(scale)
@@ -149,12 +155,12 @@ def test_pow2_scale_is_a_power_of_two_and_never_saturates(element):
 
 
 @pytest.mark.parametrize("element", [FP8_ROW.element, E5M2, E4M3_240], ids=lambda e: e.name)
-def test_exact_scale_is_the_rounded_quotient(element):
+def test_exact_scale_is_the_rounded_quotient(element, device):
     format = FP8_ROW.derive(element=element)
     amax_T1 = many_amax(format)
     # A quotient of float32 rounded to float64 and then to float32 is rounded as if once.
     quotient_T1 = (amax_T1.double() / element.max).float().clamp_min(2.0**-126)
-    assert torch.equal(quantize(amax_T1, format).scale, quotient_T1)
+    assert torch.equal(quantize(amax_T1.to(device), format).scale.cpu(), quotient_T1)
 
 
 @pytest.mark.parametrize("format", VARIANTS, ids=lambda f: f.name)
