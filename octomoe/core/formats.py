@@ -87,6 +87,7 @@ class Format:
         rounding: rounding of the scale; E8M0 scales are always powers of two.
         target_max: magnitude the largest value of a block is scaled to (2 to `element.max`);
             0 picks the element's own.
+        name: the format's spelling, which follows from the rest; `Format.parse` reads it back.
 
     Raises:
         ValueError: a block entry is neither positive nor `ALL`, an E8M0 scale is asked to be exact,
@@ -94,15 +95,17 @@ class Format:
 
     >>> FP8_BLOCK128.scale_shape((8, 7168, 2048))
     (8, 56, 16)
-    >>> FP8_BLOCK128.derive(rounding="pow2").name
-    'fp8_block128-pow2'
+    >>> FP8_BLOCK128.derive(rounding="pow2").name, FP8_ROW.derive(element=E4M3_240).name
+    ('fp8_block128-pow2', 'fp8_row-e4m3_240')
     """
 
     block: Block
     scale_dtype: torch.dtype = torch.float32
     element: Element = E4M3FN
     rounding: Rounding = Rounding.EXACT
-    target_max: float = field(default=0.0)
+    target_max: float = 0.0
+    # Stored, since ops ask for it at every call and torch.compile traces them.
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))
@@ -126,6 +129,7 @@ class Format:
         if not 2.0 <= self.target_max <= self.element.max:
             needs = f"a value in [2, {self.element.max:g}] for {self.element.name}"
             raise ValueError(refusal("Format", "target_max", f"is {self.target_max:g}", needs))
+        object.__setattr__(self, "name", _spell(self))
 
     def derive(
         self,
@@ -142,27 +146,6 @@ class Format:
             element=self.element if element is None else element,
             target_max=target_max,
         )
-
-    @property
-    def name(self) -> str:
-        """The format's spelling; `Format.parse` reads it back.
-
-        >>> MXFP8.name, FP8_ROW.derive(element=E4M3_240).name
-        ('mxfp8', 'fp8_row-e4m3_240')
-        """
-        is_mx = self.scale_dtype == torch.float8_e8m0fnu
-        base = _BASE_NAMES.get((self.scale_dtype, self.block))
-        if base is None:
-            sizes = ",".join("all" if size == ALL else str(size) for size in self.block)
-            base = f"{'mxfp8' if is_mx else 'fp8'}[{sizes}]"
-        parts = [base]
-        if self.element != E4M3FN:
-            parts.append(self.element.name)
-        if self.rounding == Rounding.POW2 and not is_mx:
-            parts.append("pow2")
-        if self.target_max != _default_target(self.element, self.rounding):
-            parts.append(f"max{self.target_max!r}".removesuffix(".0"))
-        return "-".join(parts)
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -215,6 +198,22 @@ class Format:
 
 def _default_target(element: Element, rounding: Rounding) -> float:
     return element.pow2_target if rounding == Rounding.POW2 else element.max
+
+
+def _spell(format: Format) -> str:
+    is_mx = format.scale_dtype == torch.float8_e8m0fnu
+    base = _BASE_NAMES.get((format.scale_dtype, format.block))
+    if base is None:
+        sizes = ",".join("all" if size == ALL else str(size) for size in format.block)
+        base = f"{'mxfp8' if is_mx else 'fp8'}[{sizes}]"
+    parts = [base]
+    if format.element != E4M3FN:
+        parts.append(format.element.name)
+    if format.rounding == Rounding.POW2 and not is_mx:
+        parts.append("pow2")
+    if format.target_max != _default_target(format.element, format.rounding):
+        parts.append(f"max{format.target_max!r}".removesuffix(".0"))
+    return "-".join(parts)
 
 
 @cache

@@ -8,7 +8,7 @@ from octomoe.core.formats import Format
 from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
-from octomoe.ops.check import check_float, check_format, check_rank, check_same_device, check_shape
+from octomoe.ops.check import check_float, check_format, check_given, check_rank, check_same_device
 from octomoe.ops.dispatch import implementation
 
 
@@ -56,13 +56,11 @@ def activation_quantize(
         got = f"has shape {tuple(h.shape)}"
         needs = f"an even number of columns, gate then up, for {activation.name}"
         raise ValueError(refusal(op, "h", got, needs))
-    if scale is not None:
-        check_same_device(op, h.device, scale=scale)
-        if scale.numel() != 1:
-            shape = format.scale_shape((h.shape[0], _width(h, activation)))
-            check_shape(op, "scale", tuple(scale.shape), shape)
-        else:
-            scale = scale.reshape(1, 1)
+    check_same_device(op, h.device, scale=scale)
+    shape = (h.shape[0], _width(h, activation))
+    check_given(op, "scale", scale, format.scale_dtype, format, shape)
+    if scale is not None and scale.numel() == 1:
+        scale = scale.reshape(1, 1)
     data, scale_out = _activation_quantize_op(
         h, activation.name, format.name, layout, scale, backend
     )

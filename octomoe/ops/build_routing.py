@@ -5,7 +5,14 @@ from torch import Tensor
 
 from octomoe.core.routing import Routing, slot_capacity
 from octomoe.errors import refusal
-from octomoe.ops.check import check_ids, check_rank, check_same_device, check_slots
+from octomoe.ops.check import (
+    check_expert_map,
+    check_ids,
+    check_int,
+    check_rank,
+    check_same_device,
+    check_slots,
+)
 from octomoe.ops.dispatch import implementation
 
 
@@ -45,15 +52,10 @@ def build_routing(
         raise ValueError(refusal(op, "num_experts", f"is {num_experts}", "at least one"))
     if align < 1:
         raise ValueError(refusal(op, "align", f"is {align}", "a positive multiple"))
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        got = f"has dtype {topk_ids.dtype}"
-        raise TypeError(refusal(op, "topk_ids", got, "int32 or int64"))
+    check_int(op, "topk_ids", topk_ids)
     check_rank(op, "topk_ids", topk_ids, (2,), "[T, A]")
     if expert_map is not None:
-        if expert_map.dtype not in (torch.int32, torch.int64):
-            got = f"has dtype {expert_map.dtype}"
-            raise TypeError(refusal(op, "expert_map", got, "int32 or int64"))
-        check_rank(op, "expert_map", expert_map, (1,), "[E]")
+        check_expert_map(op, expert_map)
         check_same_device(op, topk_ids.device, expert_map=expert_map)
     num_tokens, num_choices = topk_ids.shape
     check_slots(op, slot_capacity(num_tokens, num_choices, num_experts, align))

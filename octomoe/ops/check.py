@@ -48,6 +48,25 @@ def check_format(op: str, name: str, format: Format) -> None:
         raise TypeError(refusal(op, name, f"is a {type(format).__name__}", "a Format", do))
 
 
+def check_given(
+    op: str,
+    name: str,
+    given: Tensor | None,
+    dtype: torch.dtype,
+    format: Format,
+    shape: tuple[int, ...],
+) -> None:
+    """Refuse a given scale or amax that is neither one element nor one per block of `shape`."""
+    if given is None:
+        return
+    if given.dtype != dtype:
+        raise TypeError(refusal(op, name, f"has dtype {given.dtype}", str(dtype)))
+    scale_shape = format.scale_shape(shape)
+    if tuple(given.shape) != scale_shape and given.numel() != 1:
+        needs = f"{scale_shape} for {format.name} on shape {shape}, or one element"
+        raise ValueError(refusal(op, name, f"has shape {tuple(given.shape)}", needs))
+
+
 def check_pair(op: str, weight: Format | None, activation: Format | None) -> None:
     """Refuse operands whose scales change at different places along K."""
     if not is_gemm_pair(weight, activation):
@@ -62,15 +81,23 @@ def check_pair(op: str, weight: Format | None, activation: Format | None) -> Non
         raise ValueError(refusal(op, "formats of w and x", got, needs, do))
 
 
+def check_int(op: str, name: str, x: Tensor) -> None:
+    """Refuse anything but int32 and int64."""
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(refusal(op, name, f"has dtype {x.dtype}", "int32 or int64"))
+
+
+def check_expert_map(op: str, expert_map: Tensor) -> None:
+    """Refuse what is no ``[E]`` of integers."""
+    check_int(op, "expert_map", expert_map)
+    check_rank(op, "expert_map", expert_map, (1,), "[E]")
+
+
 def check_ids(op: str, topk_ids: Tensor, num_experts: int) -> None:
-    """Refuse topk_ids of a wrong type, and ids out of range where they lie on the CPU.
+    """Refuse ids out of range where they lie on the CPU.
 
     On a GPU, ids outside ``-1 .. num_experts - 1`` count as dropped.
     """
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        got = f"has dtype {topk_ids.dtype}"
-        raise TypeError(refusal(op, "topk_ids", got, "int32 or int64"))
-    check_rank(op, "topk_ids", topk_ids, (2,), "[T, A]")
     if topk_ids.device.type == "cpu" and topk_ids.numel():
         low, high = topk_ids.min().item(), topk_ids.max().item()
         if low < -1 or high >= num_experts:

@@ -42,7 +42,7 @@ def _dequantize_op(
     data: Tensor, scale: Tensor, format: str, layout: str, dtype: torch.dtype, backend: str
 ) -> Tensor:
     q = put_together(data, scale, format, layout)
-    return implementation("dequantize", backend, data.device)(q, dtype=dtype)
+    return implementation("dequantize", backend, data.device)(q, dtype=dtype).contiguous()
 
 
 @_dequantize_op.register_fake

@@ -47,8 +47,8 @@ def why_not(op: str, backend: str, device: torch.device) -> str | None:
     return reason
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
-    """The backend to run `op` on `device`.
+def choose(op: str, backend: str, device: torch.device, name: str = "") -> str:
+    """The backend to run `op` on `device`; a refusal calls it `name`, if that is given.
 
     Raises:
         ValueError: no backend has this name.
@@ -58,14 +58,15 @@ def choose(op: str, backend: str, device: torch.device) -> str:
         return next(name for name in BACKENDS if why_not(op, name, device) is None)
     if backend not in BACKENDS:
         needs = "one of: auto, " + ", ".join(BACKENDS)
-        raise ValueError(refusal(op, "backend", f"is {backend!r}", needs))
+        raise ValueError(refusal(name or op, "backend", f"is {backend!r}", needs))
     reason = why_not(op, backend, device)
     if reason is not None:
         reasons = {name: why_not(op, name, device) for name in BACKENDS}
         needs = "one that can run: " + "; ".join(
             f"{name} ({reason or 'usable'})" for name, reason in reasons.items()
         )
-        raise NotImplementedError(refusal(op, "backend", f"is {backend!r} on {device}", needs))
+        got = f"is {backend!r} on {device}"
+        raise NotImplementedError(refusal(name or op, "backend", got, needs))
     return backend
 
 
@@ -73,7 +74,7 @@ def implementation(
     op: str, backend: str, device: torch.device, name: str = ""
 ) -> Callable[..., Any]:
     """The function that runs `op`; `name` picks a sibling in the same file (``op`` + pass)."""
-    module = import_module(_MODULES[choose(op, backend, device)].format(op=op))
+    module = import_module(_MODULES[choose(op, backend, device, name)].format(op=op))
     function: Callable[..., Any] = getattr(module, name or op)
     return function
 

@@ -8,9 +8,11 @@ from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import ALL, Format
 from octomoe.errors import refusal
 from octomoe.ops.check import (
+    check_expert_map,
     check_float,
     check_format,
     check_ids,
+    check_int,
     check_pair,
     check_rank,
     check_same_device,
@@ -113,13 +115,13 @@ def _check(
     num_tokens = hidden_states.shape[0]
     check_shape(op, "hidden_states", tuple(hidden_states.shape), (num_tokens, experts.hidden_size))
     check_rank(op, "topk_ids", topk_ids, (2,), "[T, A]")
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        got = f"has dtype {topk_ids.dtype}"
-        raise TypeError(refusal(op, "topk_ids", got, "int32 or int64"))
+    check_int(op, "topk_ids", topk_ids)
     check_shape(op, "topk_ids", tuple(topk_ids.shape), (num_tokens, topk_ids.shape[1]))
     check_float(op, "topk_weights", topk_weights)
     check_shape(op, "topk_weights", tuple(topk_weights.shape), tuple(topk_ids.shape))
     check_slots(op, topk_ids.numel())
+    if expert_map is not None:
+        check_expert_map(op, expert_map)
     if activation_format is not None:
         check_format(op, "activation_format", activation_format)
         if activation_format.block[1] not in (1, ALL):
@@ -195,4 +197,4 @@ def _fused_moe_op(
 
 @_fused_moe_op.register_fake
 def _(hidden_states: Tensor, *_rest: object) -> Tensor:
-    return torch.empty_like(hidden_states)
+    return hidden_states.new_empty(hidden_states.shape)

@@ -7,7 +7,7 @@ from octomoe.core.formats import Format
 from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
-from octomoe.ops.check import check_float, check_format, check_rank, check_same_device
+from octomoe.ops.check import check_float, check_format, check_given, check_rank, check_same_device
 from octomoe.ops.dispatch import implementation
 
 
@@ -54,7 +54,11 @@ def quantize(
     check_rank("quantize", "x", x, (2, 3), "[rows, columns] or [experts, rows, columns]")
     check_format("quantize", "format", format)
     check_same_device("quantize", x.device, amax=amax, scale=scale, out=out)
-    _check_given(x, format, amax, scale)
+    if amax is not None and scale is not None:
+        raise ValueError(refusal("quantize", "amax and scale", "are both given", "at most one"))
+    shape = tuple(x.shape)
+    check_given("quantize", "amax", amax, torch.float32, format, shape)
+    check_given("quantize", "scale", scale, format.scale_dtype, format, shape)
     if out is not None:
         _check_out(x, format, layout, out)
     data, scale_out = _quantize_op(x, format.name, layout, amax, scale, backend)
@@ -63,23 +67,6 @@ def quantize(
     out.data.copy_(data)
     out.scale.copy_(scale_out)
     return out
-
-
-def _check_given(x: Tensor, format: Format, amax: Tensor | None, scale: Tensor | None) -> None:
-    if amax is not None and scale is not None:
-        raise ValueError(refusal("quantize", "amax and scale", "are both given", "at most one"))
-    shape = format.scale_shape(tuple(x.shape))
-    for name, given, dtype in (
-        ("amax", amax, torch.float32),
-        ("scale", scale, format.scale_dtype),
-    ):
-        if given is None:
-            continue
-        if given.dtype != dtype:
-            raise TypeError(refusal("quantize", name, f"has dtype {given.dtype}", str(dtype)))
-        if tuple(given.shape) != shape and given.numel() != 1:
-            needs = f"{shape} for {format.name} on x {tuple(x.shape)}, or one element"
-            raise ValueError(refusal("quantize", name, f"has shape {tuple(given.shape)}", needs))
 
 
 def _check_out(x: Tensor, format: Format, layout: ScaleLayout, out: QTensor) -> None:

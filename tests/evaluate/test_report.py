@@ -217,11 +217,11 @@ def test_missing_package_is_said_before_anything_is_written(tmp_path, monkeypatc
 
 def test_advice_names_the_least_kl_of_each_kind_and_what_to_avoid():
     assert advice(make_comparison()) == (
-        "For weights only choose “channel” (KL 0.00300 ± 0.0001, perplexity +0.10 %, 1.026 bytes "
-        "per weight), for weights and activations choose “channel × token” (KL 0.00600 ± 0.0001, "
-        "perplexity −0.10 %, 1.026 bytes per weight); avoid “channel, scales averaged”: its KL is 0.250 "
-        "where “channel” has 0.00300, it changes perplexity by +20.0 % and its weights keep "
-        "9.00 dB where others keep 31.7."
+        "For weights only choose “channel” (KL 0.00300 ± 0.0001, perplexity +0.10 %, "
+        "1.026 bytes per weight), for weights and activations choose “channel × token” "
+        "(KL 0.00600 ± 0.0001, perplexity −0.10 %, 1.026 bytes per weight); avoid “channel, "
+        "scales averaged”: its KL is 0.250 where “channel” has 0.00300, it changes perplexity by "
+        "+20.0 % and its weights keep 9.00 dB where others keep 31.7."
     )
 
 

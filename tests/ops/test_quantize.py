@@ -185,7 +185,7 @@ REFUSALS = {
     ),
     "amax shape": (
         ValueError,
-        r"amax has shape \(4,\), but needs \(4, 1\) for fp8_row on x \(4, 8\), or one element",
+        r"amax has shape \(4,\), but needs \(4, 1\) for fp8_row on shape \(4, 8\), or one element",
         lambda: quantize(X_TD, FP8_ROW, amax=torch.ones(4)),
     ),
     "scale shape": (
