@@ -150,7 +150,7 @@ def _bundled(name: str) -> Path:
 
 def _print(console: Console, comparison: Comparison, report: Path) -> None:
     title = f"{comparison.model}: {comparison.num_tokens} tokens of {comparison.text}"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("weights × activations", no_wrap=True)
     # Numbers are never cut, however narrow the terminal: names are.
     for column, width in (

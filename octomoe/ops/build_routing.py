@@ -70,7 +70,9 @@ def _build_routing_op(
     topk_ids: Tensor, num_experts: int, align: int, expert_map: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_global = num_experts if expert_map is None else expert_map.shape[0]
-    check_ids("build_routing", topk_ids, num_global)
+    check_ids("build_routing", "topk_ids", topk_ids, num_global)
+    if expert_map is not None:
+        check_ids("build_routing", "expert_map", expert_map, num_experts)
     run = implementation("build_routing", backend, topk_ids.device)
     routing: Routing = run(topk_ids, num_experts, align=align, expert_map=expert_map)
     return routing.expert_offsets, routing.slot_of_choice_TA, routing.choice_of_slot_S

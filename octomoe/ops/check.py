@@ -93,17 +93,17 @@ def check_expert_map(op: str, expert_map: Tensor) -> None:
     check_rank(op, "expert_map", expert_map, (1,), "[E]")
 
 
-def check_ids(op: str, topk_ids: Tensor, num_experts: int) -> None:
-    """Refuse ids out of range where they lie on the CPU.
+def check_ids(op: str, name: str, ids: Tensor, num_experts: int) -> None:
+    """Refuse expert ids out of range where they lie on the CPU.
 
-    On a GPU, ids outside ``-1 .. num_experts - 1`` count as dropped.
+    On a GPU, ids outside ``-1 .. num_experts - 1`` count as -1.
     """
-    if topk_ids.device.type == "cpu" and topk_ids.numel():
-        low, high = topk_ids.min().item(), topk_ids.max().item()
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = ids.min().item(), ids.max().item()
         if low < -1 or high >= num_experts:
             got = f"holds ids from {low} to {high}"
-            needs = f"ids from 0 to {num_experts - 1}, or -1 for a dropped choice"
-            raise ValueError(refusal(op, "topk_ids", got, needs))
+            needs = f"ids from 0 to {num_experts - 1}, or -1 for none"
+            raise ValueError(refusal(op, name, got, needs))
 
 
 def check_slots(op: str, num_slots: int) -> None:
@@ -122,15 +122,30 @@ def check_rows(op: str, name: str, x: Tensor | QTensor, num_rows: int, whose: st
         raise ValueError(refusal(op, name, f"has shape {tuple(x.shape)}", needs))
 
 
-def check_offsets(op: str, routing_or_offsets: Routing | Tensor, num_experts: int) -> Tensor:
+def check_routing(op: str, routing: Routing) -> None:
+    """Refuse what is no `Routing`."""
+    if not isinstance(routing, Routing):
+        got = f"is a {type(routing).__name__}"
+        raise TypeError(refusal(op, "routing", got, "a Routing, from build_routing"))
+
+
+def check_offsets(
+    op: str, routing_or_offsets: Routing | Tensor, num_experts: int | None = None
+) -> Tensor:
     """The offsets of a routing, or offsets given as such: ``[E + 1]`` int32, first one 0."""
     if isinstance(routing_or_offsets, Routing):
         offsets = routing_or_offsets.expert_offsets
-    else:
+    elif isinstance(routing_or_offsets, Tensor):
         offsets = routing_or_offsets
-    if offsets.dtype != torch.int32 or tuple(offsets.shape) != (num_experts + 1,):
+    else:
+        got = f"is a {type(routing_or_offsets).__name__}"
+        raise TypeError(refusal(op, "routing_or_offsets", got, "a Routing or an int32 tensor"))
+    is_list = offsets.dim() == 1 and offsets.shape[0] > 0
+    is_sized = is_list and num_experts in (None, offsets.shape[0] - 1)
+    if offsets.dtype != torch.int32 or not is_sized:
         got = f"are {offsets.dtype} of shape {tuple(offsets.shape)}"
-        needs = f"int32 of shape ({num_experts + 1},), one more than the experts, the first 0"
+        shape = "(E + 1,)" if num_experts is None else f"({num_experts + 1},)"
+        needs = f"int32 of shape {shape}, one more than the experts, the first 0"
         raise ValueError(refusal(op, "offsets", got, needs))
     return offsets
 

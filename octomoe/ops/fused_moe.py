@@ -171,7 +171,9 @@ def _fused_moe_op(
     backend: str,
 ) -> Tensor:
     num_experts = w13.shape[0] if expert_map is None else expert_map.shape[0]
-    check_ids("fused_moe", topk_ids, num_experts)
+    check_ids("fused_moe", "topk_ids", topk_ids, num_experts)
+    if expert_map is not None:
+        check_ids("fused_moe", "expert_map", expert_map, w13.shape[0])
     experts = ExpertWeights(
         put_together(w13, w13_scale, w13_format, w13_layout),
         put_together(w2, w2_scale, w2_format, w2_layout),

@@ -141,12 +141,7 @@ def grouped_gemm_wgrad(
     check_rank(op, "dy", dy, (2,), "[S, N]")
     check_rank(op, "x", x, (2,), "[S, K]")
     check_shape(op, "x", tuple(x.shape), (dy.shape[0], x.shape[1]))
-    if isinstance(routing_or_offsets, Routing):
-        num_experts = routing_or_offsets.num_experts
-    else:
-        check_rank(op, "offsets", routing_or_offsets, (1,), "[E + 1]")
-        num_experts = routing_or_offsets.shape[0] - 1
-    offsets = check_offsets(op, routing_or_offsets, num_experts)
+    offsets = check_offsets(op, routing_or_offsets)
     check_same_device(op, dy.device, x=x, offsets=offsets)
     return _grouped_gemm_wgrad_op(
         *take_apart(dy), *take_apart(x), offsets, _floating(op, out_dtype), backend

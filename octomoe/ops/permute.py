@@ -8,7 +8,7 @@ from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.core.routing import Routing
 from octomoe.errors import refusal
-from octomoe.ops.check import check_rows, check_same_device
+from octomoe.ops.check import check_routing, check_rows, check_same_device
 from octomoe.ops.dispatch import implementation
 from octomoe.ops.schema import put_together, take_apart
 
@@ -38,6 +38,7 @@ def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> 
     >>> octomoe.permute(torch.tensor([[1.0], [2.0]]), routing).tolist()
     [[2.0], [1.0]]
     """
+    check_routing("permute", routing)
     check_rows("permute", "x", x, routing.num_tokens, "tokens")
     check_same_device("permute", routing.expert_offsets.device, x=x)
     index = (routing.expert_offsets, routing.slot_of_choice_TA, routing.choice_of_slot_S)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from octomoe.core.routing import Routing
-from octomoe.ops.check import check_float, check_rows, check_same_device, check_shape
+from octomoe.ops.check import check_float, check_routing, check_rows, check_same_device, check_shape
 from octomoe.ops.dispatch import implementation
 
 
@@ -35,6 +35,7 @@ def unpermute(
     tensor([[2.]])
     """
     check_float("unpermute", "y", y)
+    check_routing("unpermute", routing)
     check_rows("unpermute", "y", y, routing.num_slots, "slots")
     check_same_device("unpermute", y.device, routing=routing.slot_of_choice_TA, weights=weights)
     if weights is not None:

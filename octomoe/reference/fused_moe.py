@@ -3,9 +3,9 @@
     y[t] = routed_scaling_factor * sum over a of weight[t, a] * expert(topk_ids[t, a])(x[t])
     expert(x) = act(x @ w13.T + b13) @ w2.T + b2
 
-Hidden states and intermediate values are quantised once each; nothing else is rounded but the
-intermediate of weight-only experts, which enters the second GEMM in the dtype of the hidden
-states. Sums are float32, over the choices of a token in their order.
+Hidden states and intermediate values are quantised once each. Two more values are rounded, to the
+dtype of the hidden states: the intermediate of weight-only experts, and rows that are weighted
+before the experts. Sums are float32, over the choices of a token in their order.
 """
 
 import torch

@@ -85,9 +85,10 @@ def scale_of(amax: Tensor, format: Format) -> Tensor:
     amax = amax.to(torch.float32)
     # Inf is treated as NaN: no scale makes it representable.
     amax = torch.where(torch.isfinite(amax), amax, torch.nan)
-    if format.rounding == Rounding.EXACT:
-        return (amax / format.target_max).clamp_min(format.min_scale)
+    # A tensor: CUDA divides by a Python number as if multiplying by its rounded reciprocal.
     target = torch.tensor(format.target_max, dtype=torch.float32, device=amax.device)
+    if format.rounding == Rounding.EXACT:
+        return (amax / target).clamp_min(format.min_scale)
     bits, target_bits = amax.view(torch.int32), target.view(torch.int32)
     # Subnormal magnitudes are far below the smallest scale times any target; their exponent of 0
     # ends up there whatever their mantissa.
@@ -123,7 +124,9 @@ def _encode(x: Tensor, scale: Tensor, format: Format) -> Tensor:
     reciprocal = expand_scale(1.0 / scale.to(torch.float32), format, tuple(x.shape))
     limit = format.element.max
     scaled = torch.clamp(x.to(torch.float32) * reciprocal, -limit, limit)
-    # One NaN pattern, whatever the sign of the input's; none where the element has none, even
-    # under a given scale of zero or Inf.
-    scaled = torch.where(scaled.isnan(), torch.nan if format.element.has_nan else 0.0, scaled)
+    # NaN is stored for NaN only, in one pattern whatever its sign: a given scale of zero or Inf
+    # makes none.
+    scaled = torch.where(scaled.isnan(), 0.0, scaled)
+    if format.element.has_nan:
+        scaled = torch.where(x.isnan(), torch.nan, scaled)
     return torch.where(reciprocal.isnan(), 0.0, scaled).to(format.element.dtype)

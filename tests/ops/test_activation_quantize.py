@@ -56,9 +56,11 @@ def make_inputs(case, activation, device, seed, dtype=torch.float32):
 
 
 def assert_half_a_step(values, expected, scale):
-    """E4M3 keeps 4 bits, 2^-9 at least; float32 evaluates the activation to some 1e-6."""
+    """E4M3 keeps 4 bits, 2^-9 at least. float32 evaluates an activation to 1e-6, which in the tails
+    of gelu, where 1 + erf cancels, is 1e-4 of a scale that serves values up to 20.
+    """
     half_step = (expected.abs() * 2.0**-4).clamp_min(scale * 2.0**-10)
-    assert (values - expected).abs().le(half_step * (1 + 1e-4) + 1e-5 * scale).all()
+    assert (values - expected).abs().le(half_step * (1 + 1e-4) + 1e-4 * scale).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)

@@ -154,6 +154,11 @@ def test_token_of_slot(device, draw_ids):
 
 IDS_TA = torch.tensor([[0, 2], [1, -1]])
 REFUSALS = {
+    "map's values": (
+        ValueError,
+        "expert_map holds ids from 0 to 3, but needs ids from 0 to 2, or -1 for none",
+        lambda: build_routing(IDS_TA, 3, expert_map=torch.arange(4)),
+    ),
     "no experts": (
         ValueError,
         "num_experts is 0, but needs at least one",

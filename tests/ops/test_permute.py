@@ -136,6 +136,11 @@ def test_compact_scales_are_what_dispatch_carries(device, draw_ids, assert_same_
 X_TD = torch.ones(2, 160)
 ROUTING = build_routing(torch.tensor([[0], [1]]), 2)
 REFUSALS = {
+    "routing": (
+        TypeError,
+        "permute: routing is a Tensor, but needs a Routing, from build_routing",
+        lambda: permute(X_TD, torch.zeros(2, 3)),
+    ),
     "rows": (
         ValueError,
         r"permute: x has shape \(1, 160\), but needs 2 rows, the tokens of the routing",

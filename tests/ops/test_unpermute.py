@@ -99,6 +99,11 @@ def test_two_runs_are_identical(device, draw_ids, assert_same_bits):
 
 Y_SD, ROUTING = torch.ones(4, 8), build_routing(torch.tensor([[0, 1], [1, 0]]), 2)
 REFUSALS = {
+    "routing": (
+        TypeError,
+        "unpermute: routing is a NoneType, but needs a Routing, from build_routing",
+        lambda: unpermute(Y_SD, None),
+    ),
     "dtype": (
         TypeError,
         "unpermute: y has dtype torch.int32, but needs float32",
