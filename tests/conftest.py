@@ -43,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tensors are small here, and tests may run side by side: a second thread costs more than it
     # gives (the ops' tests took 101 s with two threads on two busy cores, 45 s with one).
     torch.set_num_threads(1)
+    # torch notes which functions a device context changes when it first meets one; that must not
+    # be the patched ones of `_poisoned_memory`.
+    with torch.device("meta"):
+        torch.empty(0)
     # derandomize: like every other seed here, hypothesis' comes from the test's name.
     hypothesis.settings.register_profile(
         "octomoe",

@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
-from math import prod
 from typing import Final, Literal, Self
 
 import torch
@@ -167,12 +166,6 @@ class Format:
         """The smallest scale, which an all-zero block gets: 2^-127 for E8M0, else 2^-126."""
         return 2.0**-127 if self.scale_dtype == torch.float8_e8m0fnu else 2.0**-126
 
-    def blocks_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The block sizes for data of this shape, with `ALL` replaced by the axis' length."""
-        self._check_rank(shape)
-        block = self.block[-len(shape) :]
-        return tuple(size if b == ALL else b for size, b in zip(shape, block, strict=True))
-
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the COMPACT scale of data of this shape: ``ceil(shape / block)``.
 
@@ -185,10 +178,6 @@ class Format:
         self._check_rank(shape)
         block = self.block[-len(shape) :]
         return tuple(1 if b == ALL else -(-size // b) for size, b in zip(shape, block, strict=True))
-
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of data and COMPACT scale for data of this shape."""
-        return prod(shape) + prod(self.scale_shape(shape)) * self.scale_dtype.itemsize
 
     def _check_rank(self, shape: tuple[int, ...]) -> None:
         if len(shape) not in (2, 3):

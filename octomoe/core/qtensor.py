@@ -136,8 +136,9 @@ class QTensor:
         if not 0 <= index < self.data.shape[0]:
             needs = f"0 to {self.data.shape[0] - 1}"
             raise IndexError(refusal("QTensor.expert", "index", f"is {index}", needs))
-        (block, _, _) = self.format.blocks_of(tuple(self.data.shape))
-        return QTensor(self.data[index], self.compact_scale[index // block], self.format)
+        block = self.format.block[0]
+        scale = self.compact_scale[0 if block == ALL else index // block]
+        return QTensor(self.data[index], scale, self.format)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``data * scale``, computed in float32 and rounded once to `dtype`."""

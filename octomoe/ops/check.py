@@ -150,6 +150,16 @@ def check_offsets(
     return offsets
 
 
+def check_offset_values(op: str, offsets: Tensor, num_rows: int) -> None:
+    """Refuse offsets that leave the rows or run backwards, where they lie on the CPU."""
+    if offsets.device.type != "cpu":
+        return
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] > num_rows or values != sorted(values):
+        needs = f"a rising list from 0 to at most {num_rows}, the rows"
+        raise ValueError(refusal(op, "offsets", f"are {values}", needs))
+
+
 def check_shape(op: str, name: str, got: tuple[int, ...], needs: tuple[int, ...]) -> None:
     """Refuse a tensor of another shape."""
     if tuple(got) != tuple(needs):

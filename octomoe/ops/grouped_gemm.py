@@ -8,6 +8,7 @@ from octomoe.core.routing import Routing
 from octomoe.errors import refusal
 from octomoe.ops.check import (
     check_float,
+    check_offset_values,
     check_offsets,
     check_pair,
     check_rank,
@@ -176,6 +177,7 @@ def _grouped_gemm_op(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    check_offset_values("grouped_gemm", offsets, x.shape[0])
     run = implementation("grouped_gemm", backend, x.device)
     return run(
         put_together(x, x_scale, x_format, x_layout),
@@ -218,6 +220,7 @@ def _grouped_gemm_dgrad_op(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    check_offset_values("grouped_gemm_dgrad", offsets, dy.shape[0])
     run = implementation("grouped_gemm", backend, dy.device, "grouped_gemm_dgrad")
     return run(
         put_together(dy, dy_scale, dy_format, dy_layout),
@@ -258,6 +261,7 @@ def _grouped_gemm_wgrad_op(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    check_offset_values("grouped_gemm_wgrad", offsets, dy.shape[0])
     run = implementation("grouped_gemm", backend, dy.device, "grouped_gemm_wgrad")
     return run(
         put_together(dy, dy_scale, dy_format, dy_layout),

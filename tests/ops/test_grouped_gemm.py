@@ -256,6 +256,13 @@ REFUSALS = [
         forward(offsets=OFFSETS.long()),
     ),
     (ValueError, r"offsets are torch.int32 of shape \(2,\)", forward(offsets=OFFSETS[1:])),
+    (
+        ValueError,
+        r"offsets are \[1, 1, 4\], but needs a rising list from 0 to at most 4",
+        forward(offsets=OFFSETS.clamp(min=1)),
+    ),
+    (ValueError, r"offsets are \[0, 1, 5\], but", forward(offsets=OFFSETS + OFFSETS // 4)),
+    (ValueError, r"gemm_wgrad: offsets are \[0, 1, 0\], but", wgrad(offsets=OFFSETS % 4)),
     (ValueError, "offsets is on meta, but needs the oth", forward(offsets=OFFSETS.to(META))),
     (ValueError, "w is on meta, but needs the other", forward(w=W_ENK.to(META))),
     (TypeError, "bias has dtype torch.int32", forward(bias=BIAS_EN.int())),
