@@ -1,18 +1,40 @@
 """The command line: one verb per file. Human text goes to stderr, results (--json) to stdout."""
 
 import sys
+from typing import Annotated
 
 import typer
 
 from octomoe.cli.demo import demo
 from octomoe.cli.doctor import doctor
+from octomoe.version import VERSION
 
 app = typer.Typer(
-    help="FP8 mixture-of-experts: quantise, compare, serve.",
+    help="FP8 mixture-of-experts: what quantised experts cost, and what this machine can run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What every verb takes."""
+
+
 app.command()(demo)
 app.command()(doctor)
 

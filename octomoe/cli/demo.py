@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Final
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import octomoe
 from octomoe.cli.doctor import versions
-from octomoe.errors import refusal
+from octomoe.errors import missing_package, refusal
 from octomoe.evaluate.compare import Comparison, measure_baseline
 from octomoe.evaluate.report import advice, is_bad, write_report
 from octomoe.evaluate.run import run_scheme
@@ -33,7 +34,7 @@ _EXAMPLES: Final = Path(octomoe.__file__).parents[1] / "examples"
 # Predictions of the unquantised model are kept in memory to compare with: 4 bytes per token and
 # vocabulary entry.
 _MAX_PREDICTION_BYTES: Final = 4 << 30
-_SEQUENCES_PER_BATCH: Final = 8
+_SEQUENCES_PER_BATCH: Final = 4
 
 
 def demo(
@@ -120,6 +121,10 @@ def read_batches(path: Path, loaded: LoadedModel, num_tokens: int, length: int) 
 
 def _check_report(path: Path) -> None:
     """Refuse a report that could not be written, before the work and not after it."""
+    for package, floor in (("jinja2", "3.1"), ("matplotlib", "3.9")):
+        if find_spec(package) is None:
+            install = "pip install 'octomoe[report]'"
+            raise ImportError(missing_package("demo", package, floor, install))
     if not path.parent.is_dir() or path.is_dir():
         got = f"is {path}"
         raise ValueError(refusal("demo", "--report", got, "a file in an existing folder"))

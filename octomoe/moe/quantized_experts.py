@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import Format
+from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
+from octomoe.errors import refusal
 from octomoe.ops.fused_moe import fused_moe
 
 
@@ -16,10 +18,13 @@ class QuantizedExperts(nn.Module):
     dtype leaves them alone.
 
     Args:
-        experts: quantised experts.
+        experts: quantised experts, with biases and static input scales if they have them.
         activation_format: format of hidden states and intermediate; None for weight-only.
         backend: passed to `octomoe.fused_moe`.
     """
+
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
 
     def __init__(
         self,
@@ -31,26 +36,22 @@ class QuantizedExperts(nn.Module):
         self.activation_format = activation_format
         self.backend = backend
         self.num_experts = experts.num_experts
-        self.set_experts(experts)
-
-    def set_experts(self, experts: ExpertWeights) -> None:
-        """Replace the weights."""
-        for name, weight in (("w13", experts.w13), ("w2", experts.w2)):
-            assert isinstance(weight, QTensor)
-            self.register_buffer(f"{name}_data", weight.data.view(torch.uint8))
-            # Cloned: bytes can be viewed only where the last stride is 1.
-            scale = weight.scale.clone(memory_format=torch.contiguous_format)
-            self.register_buffer(f"{name}_scale", scale.view(torch.uint8))
-        self.w13_bias: Tensor | None
-        self.w2_bias: Tensor | None
-        self.register_buffer("w13_bias", experts.w13_bias)
-        self.register_buffer("w2_bias", experts.w2_bias)
-        self._formats = {
-            name: (weight.format, weight.layout)
-            for name, weight in (("w13", experts.w13), ("w2", experts.w2))
-            if isinstance(weight, QTensor)
-        }
         self._activation = experts.activation
+        self._formats: dict[str, tuple[Format, ScaleLayout]] = {}
+        for name in ("w13", "w2"):
+            weight = getattr(experts, name)
+            if not isinstance(weight, QTensor):
+                do = "use octomoe.quantize_experts"
+                raise TypeError(
+                    refusal("QuantizedExperts", name, "is not quantised", "a QTensor", do)
+                )
+            self._formats[name] = (weight.format, weight.layout)
+            self.register_buffer(f"{name}_data", weight.data.view(torch.uint8))
+            self.register_buffer(f"{name}_scale", _as_bytes(weight.scale))
+            self.register_buffer(f"{name}_bias", getattr(experts, f"{name}_bias"))
+            input_scale = getattr(experts, f"{name}_input_scale")
+            input_bytes = None if input_scale is None else _as_bytes(input_scale.reshape(1))
+            self.register_buffer(f"{name}_input_scale", input_bytes)
 
     @property
     def experts(self) -> ExpertWeights:
@@ -61,6 +62,8 @@ class QuantizedExperts(nn.Module):
             self._activation,
             self.w13_bias,
             self.w2_bias,
+            self._input_scale("w13"),
+            self._input_scale("w2"),
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -86,8 +89,16 @@ class QuantizedExperts(nn.Module):
 
     def _weight(self, name: str) -> QTensor:
         format, layout = self._formats[name]
-        data: Tensor = getattr(self, f"{name}_data")
-        scale: Tensor = getattr(self, f"{name}_scale")
+        data, scale = self.get_buffer(f"{name}_data"), self.get_buffer(f"{name}_scale")
         return QTensor(
             data.view(format.element.dtype), scale.view(format.scale_dtype), format, layout
         )
+
+    def _input_scale(self, name: str) -> Tensor | None:
+        scale: Tensor | None = getattr(self, f"{name}_input_scale")
+        return None if scale is None else scale.view(torch.float32)
+
+
+def _as_bytes(scale: Tensor) -> Tensor:
+    """A copy as uint8; a copy, since bytes can be viewed only where the last stride is 1."""
+    return scale.clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -71,13 +71,13 @@ def check_pair(op: str, weight: Format | None, activation: Format | None) -> Non
     """Refuse operands whose scales change at different places along K."""
     if not is_gemm_pair(weight, activation):
         assert activation is not None
-        got = f"are {'unquantized' if weight is None else weight.name} x {activation.name}"
+        got = f"are {'unquantised' if weight is None else weight.name} x {activation.name}"
         if weight is None:
-            needs = "quantized weights with quantized activations"
+            needs = "quantised weights with quantised activations"
         else:
             size = "the whole axis" if weight.block[2] == ALL else f"blocks of {weight.block[2]}"
             needs = f"activations scaled along K by {size}, as the weights are"
-        do = "leave the activations unquantized, or requantize the weights"
+        do = "leave the activations unquantised, or requantize the weights"
         raise ValueError(refusal(op, "formats of w and x", got, needs, do))
 
 

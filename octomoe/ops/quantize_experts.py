@@ -41,7 +41,7 @@ def quantize_experts(
     for name, weight in (("w13", experts.w13), ("w2", experts.w2)):
         if isinstance(weight, QTensor):
             do = "use octomoe.requantize on its weights"
-            needs = "unquantized weights"
+            needs = "unquantised weights"
             raise ValueError(
                 refusal("quantize_experts", name, f"is {weight.format.name}", needs, do)
             )

@@ -120,3 +120,13 @@ def test_options_that_cannot_work_are_refused_before_the_work(option, value, mes
     result = run("demo", option, value)
     assert result.returncode == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_named_before_the_work(package, monkeypatch):
+    # The function `demo` hides its module's name.
+    module = sys.modules["octomoe.cli.demo"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else name)
+    result = CliRunner().invoke(app, ["demo"])
+    assert isinstance(result.exception, ImportError)
+    assert f"demo: needs the package {package}" in str(result.exception)

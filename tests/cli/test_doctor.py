@@ -22,3 +22,8 @@ def test_human_text_goes_to_stderr():
     assert result.exit_code == 0
     assert result.stdout == ""
     assert "every op" in result.stderr
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout.strip()) == (0, VERSION)

@@ -129,12 +129,12 @@ REFUSALS = {
     ),
     "w13 is quantised": (
         ValueError,
-        "w13 is fp8_expert, but needs unquantized weights; use octomoe.requantize on its weights",
+        "w13 is fp8_expert, but needs unquantised weights; use octomoe.requantize on its weights",
         lambda: quantize_experts(replace(EXPERTS, w13=QUANTIZED), MXFP8),
     ),
     "w2 is quantised": (
         ValueError,
-        "w2 is mxfp8, but needs unquantized weights",
+        "w2 is mxfp8, but needs unquantised weights",
         lambda: quantize_experts(replace(EXPERTS, w2=quantize(EXPERTS.w2, MXFP8)), MXFP8),
     ),
 }
