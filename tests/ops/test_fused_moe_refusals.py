@@ -105,7 +105,7 @@ CASES = {
     ),
     "unquantised x token": (
         ValueError,
-        "fused_moe: formats of w and x are unquantised x fp8_row, but needs quantized weights",
+        "fused_moe: formats of w and x are unquantised x fp8_row, but needs quantised weights",
         call(activation_format=FP8_TOKEN),
     ),
     "block x token": (

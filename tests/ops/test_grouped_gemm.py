@@ -237,7 +237,7 @@ REFUSALS = [
     (ValueError, r"x has shape \(4, 7\), but needs \(4, 256\)", forward(X_SK[:, :7])),
     (
         ValueError,
-        "formats of w and x are unquantised x fp8_row, but needs quantized weights with",
+        "formats of w and x are unquantised x fp8_row, but needs quantised weights with",
         forward(quantize(X_SK, FP8_TOKEN)),
     ),
     (
