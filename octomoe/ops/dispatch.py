@@ -43,7 +43,7 @@ def why_not(op: str, backend: str, device: torch.device) -> str | None:
         return None
     reason = _machine_lacks(backend, Target.of(device))
     if reason is None and not _has_module(_MODULES[backend].format(op=op)):
-        reason = f"this version has no {backend} kernel for {op}"
+        reason = f"this version has no {backend} kernel for it"
     return reason
 
 
