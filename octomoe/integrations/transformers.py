@@ -320,7 +320,8 @@ def _activation_format_of(experts: ExpertWeights) -> Format:
 
 def _cached(module: Any, build: Callable[[Any], ExpertWeights]) -> ExpertWeights:
     """`build(module)`, kept on the module until one of its parameters changes or moves."""
-    key = [(parameter.data_ptr(), parameter._version) for parameter in module.parameters()]
+    # Tensors made in inference mode cannot be changed outside it, and count no versions.
+    key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()]
     kept = getattr(module, "_octomoe_experts", None)
     if kept is None or kept[0] != key:
         kept = (key, build(module))

@@ -126,6 +126,18 @@ def test_moving_and_casting_leaves_quantized_weights_alone():
     assert model(make_tokens()).logits.dtype == torch.bfloat16
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("is_quantised", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_whole_model_compiles_as_one_graph(family, is_quantised):
+    model = make_model(family, "octomoe")
+    if is_quantised:
+        octomoe.quantize_model(model, "channel", "token")
+    expected_BLV = model(make_tokens()).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(make_tokens()).logits, expected_BLV)
+
+
 def test_generation_runs_on_quantized_experts():
     model = octomoe.quantize_model(make_model("qwen3_moe", "octomoe"), "channel", "token")
     out = model.generate(make_tokens(), max_new_tokens=4, do_sample=False)
@@ -153,6 +165,13 @@ def test_changed_parameters_are_noticed():
         next(find_experts(model))[1].down_proj.mul_(2.0)
         after_BLV = model(tokens_BL).logits
     assert not torch.equal(before_BLV, after_BLV)
+
+
+def test_a_model_made_in_inference_mode_runs():
+    with torch.inference_mode():
+        model = make_model("gpt_oss", "octomoe")
+        first_BLV, second_BLV = model(make_tokens()).logits, model(make_tokens()).logits
+    assert torch.equal(first_BLV, second_BLV)
 
 
 def test_backward_is_refused_not_silently_wrong():
