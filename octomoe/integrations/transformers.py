@@ -243,6 +243,7 @@ def fp8_experts_of(module: Any) -> ExpertWeights:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def activation_of(module: Any) -> Activation:
     """Recognise what an experts module computes between its GEMMs, by trying it out.
 
@@ -319,14 +320,24 @@ def _activation_format_of(experts: ExpertWeights) -> Format:
 
 
 def _cached(module: Any, build: Callable[[Any], ExpertWeights]) -> ExpertWeights:
-    """`build(module)`, kept on the module until one of its parameters changes or moves."""
-    # Tensors made in inference mode cannot be changed outside it, and count no versions.
-    key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()]
+    """`build(module)`, kept on the module until one of its parameters changes or moves.
+
+    torch.compile cannot compare addresses: in a compiled graph the arrangement is traced, and
+    costs nothing where the weights lie as they are needed.
+    """
+    if torch.compiler.is_compiling():
+        return build(module)
+    key = [(parameter.data_ptr(), _version(parameter)) for parameter in module.parameters()]
     kept = getattr(module, "_octomoe_experts", None)
     if kept is None or kept[0] != key:
         kept = (key, build(module))
         module._octomoe_experts = kept
     return kept[1]
+
+
+def _version(parameter: Tensor) -> int:
+    """How often a tensor was changed in place; 0 if it was made in inference mode."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _drop_sentinels(module: Any, top_k_index: Tensor) -> Tensor:
