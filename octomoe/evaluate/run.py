@@ -48,7 +48,8 @@ def run_scheme(
                 weight, q = getattr(original, which), getattr(quantized, which)
                 assert isinstance(weight, Tensor)
                 assert isinstance(q, QTensor)
-                num_weights += weight.numel()
+                # Without the zeros that `fit_width` adds: they are stored, but are no weights.
+                num_weights += getattr(experts, which).numel()
                 signal += weight.double().square().sum().item()
                 noise += (weight.double() - q.dequantize().double()).square().sum().item()
                 quality = weight_quality(name, which, weight, q)
