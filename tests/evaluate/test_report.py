@@ -113,7 +113,7 @@ def test_table_holds_the_unquantised_model_and_then_every_scheme_once(tmp_path):
     assert baseline == ["unquantised", "–", "–", "2.000", *dashes, "0", "100.0", "10.000", "–"]
     marks = ["", " least KL", " least KL", "", " avoid"]
     assert [row[0] for row in rows] == [c[0] + m for c, m in zip(CASES, marks, strict=True)]
-    assert rows[1][1:7] == ["fp8_row", "–", "1.026", "31.70", "0.12", "0"]
+    assert rows[1][1:7] == ["fp8_row", "–", "1.026", "0.12", "0", "31.70"]
     assert rows[1][7:] == ["0.00300", "97.1", "10.010", "+0.10"]
     assert rows[2][1:3] == ["fp8_row", "fp8_row"]
     assert rows[2][-1] == "−0.10"
@@ -163,8 +163,8 @@ def test_numbers_that_are_not_finite_are_shown_as_they_are(tmp_path):
     comparison = with_result(comparison, 1, kl=inf, perplexity=inf, sqnr_db=inf)
     rows = render(comparison, tmp_path).table[2:]
     assert rows[0][0] == "tensor avoid"
-    assert rows[0][4:] == ["−∞", "0.12", "0", "nan", "97.1", "nan", "nan"]
-    assert rows[1][4:] == ["∞", "0.12", "0", "∞", "97.1", "∞", "+∞"]
+    assert rows[0][4:] == ["0.12", "0", "−∞", "nan", "97.1", "nan", "nan"]
+    assert rows[1][4:] == ["0.12", "0", "∞", "∞", "97.1", "∞", "+∞"]
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case[0])
