@@ -17,7 +17,7 @@ class WeightQuality:
         weight: ``"w13"`` or ``"w2"``.
         sqnr_db: signal to quantisation noise ratio in dB.
         saturated: fraction of elements whose magnitude exceeded the largest the scale can express.
-        flushed: fraction of nonzero elements that became zero.
+        flushed: fraction of elements that were not zero and became zero.
         scale_min, scale_median, scale_max: over the scales that apply to the expert.
     """
 

@@ -58,9 +58,7 @@ def activation_quantize(
         raise ValueError(refusal(op, "h", got, needs))
     check_same_device(op, h.device, scale=scale)
     shape = (h.shape[0], _width(h, activation))
-    check_given(op, "scale", scale, format.scale_dtype, format, shape)
-    if scale is not None and scale.numel() == 1:
-        scale = scale.reshape(1, 1)
+    scale = check_given(op, "scale", scale, format.scale_dtype, format, shape)
     data, scale_out = _activation_quantize_op(
         h, activation.name, format.name, layout, scale, backend
     )

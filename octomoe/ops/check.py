@@ -55,16 +55,21 @@ def check_given(
     dtype: torch.dtype,
     format: Format,
     shape: tuple[int, ...],
-) -> None:
-    """Refuse a given scale or amax that is neither one element nor one per block of `shape`."""
+) -> Tensor | None:
+    """Refuse a given scale or amax that is neither one element nor one per block of `shape`.
+
+    Returns:
+        What was given, one element as a tensor of the data's rank.
+    """
     if given is None:
-        return
+        return None
     if given.dtype != dtype:
         raise TypeError(refusal(op, name, f"has dtype {given.dtype}", str(dtype)))
     scale_shape = format.scale_shape(shape)
     if tuple(given.shape) != scale_shape and given.numel() != 1:
         needs = f"{scale_shape} for {format.name} on shape {shape}, or one element"
         raise ValueError(refusal(op, name, f"has shape {tuple(given.shape)}", needs))
+    return given.reshape([1] * len(shape)) if given.numel() == 1 else given
 
 
 def check_pair(op: str, weight: Format | None, activation: Format | None) -> None:

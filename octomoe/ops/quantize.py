@@ -57,8 +57,8 @@ def quantize(
     if amax is not None and scale is not None:
         raise ValueError(refusal("quantize", "amax and scale", "are both given", "at most one"))
     shape = tuple(x.shape)
-    check_given("quantize", "amax", amax, torch.float32, format, shape)
-    check_given("quantize", "scale", scale, format.scale_dtype, format, shape)
+    amax = check_given("quantize", "amax", amax, torch.float32, format, shape)
+    scale = check_given("quantize", "scale", scale, format.scale_dtype, format, shape)
     if out is not None:
         _check_out(x, format, layout, out)
     data, scale_out = _quantize_op(x, format.name, layout, amax, scale, backend)
@@ -86,13 +86,12 @@ def _quantize_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     run = implementation("quantize", backend, x.device)
-    ones = [1] * x.dim()
     q: QTensor = run(
         x,
         Format.parse(format),
         layout=ScaleLayout(layout),
-        amax=amax.reshape(ones) if amax is not None and amax.numel() == 1 else amax,
-        scale=scale.reshape(ones) if scale is not None and scale.numel() == 1 else scale,
+        amax=amax,
+        scale=scale,
     )
     return q.data, q.scale
 
