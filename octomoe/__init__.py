@@ -49,11 +49,15 @@ from octomoe.ops.requantize import requantize
 from octomoe.ops.unpermute import unpermute
 from octomoe.version import VERSION as __version__
 
-_LAZY = {"quantize_model": "octomoe.integrations.transformers"}
+_LAZY = {
+    "convert_checkpoint": "octomoe.checkpoint.convert",
+    "quantize_model": "octomoe.integrations.transformers",
+    "verify_checkpoint": "octomoe.checkpoint.verify",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Names that need an optional package, imported when they are first used."""
+    """Names from rooms to the right, imported when they are first used."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'octomoe' has no attribute {name!r}")
@@ -101,6 +105,7 @@ __all__ = [
     "activation_quantize",
     "append_shared_experts",
     "build_routing",
+    "convert_checkpoint",
     "dequantize",
     "fused_moe",
     "grouped_gemm",
@@ -113,4 +118,5 @@ __all__ = [
     "quantize_model",
     "requantize",
     "unpermute",
+    "verify_checkpoint",
 ]

@@ -166,5 +166,8 @@ def expand_scale(scale: Tensor, format: Format, shape: tuple[int, ...]) -> Tenso
     spread = scale.to(torch.float32)
     for axis, (size, block) in enumerate(zip(shape, format.block[-len(shape) :], strict=True)):
         if block not in (1, ALL):
-            spread = spread.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
+            # Five times as fast on a CPU as `repeat_interleave`.
+            repeated = spread.unsqueeze(axis + 1)
+            repeated = repeated.expand(*spread.shape[: axis + 1], block, *spread.shape[axis + 1 :])
+            spread = repeated.flatten(axis, axis + 1).narrow(axis, 0, size)
     return spread

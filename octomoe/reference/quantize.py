@@ -10,7 +10,8 @@ saturates like any value that is too large, and a NaN is stored as the element's
 or in the scale where the element has none. An all-zero block gets the smallest scale.
 """
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from octomoe.core.formats import ALL, Format, Rounding
 from octomoe.core.layouts import COMPACT, ScaleLayout, pack
 from octomoe.core.qtensor import QTensor, expand_scale
 
+# Elements quantised at once on a CPU: their float32 values fit in a core's cache.
+_PART: Final = 1 << 18
 # The mantissa of a float32.
 _MANTISSA: Final = 0x7FFFFF
 
@@ -38,7 +41,7 @@ def quantize(
     scale_out = torch.empty(scale_shape, dtype=format.scale_dtype, device=x.device)
     given_amax = None if amax is None else amax.expand(scale_shape)
     given_scale = None if scale is None else scale.expand(scale_shape)
-    # One expert at a time where scales allow: the float32 temporaries stay small.
+    # One expert at a time where scales allow: temporaries stay small.
     one_by_one = x.dim() == 3 and format.block[0] == 1
     for index in range(x.shape[0]) if one_by_one else [...]:
         scale_out[index] = _scale(
@@ -47,7 +50,8 @@ def quantize(
             None if given_amax is None else given_amax[index],
             None if given_scale is None else given_scale[index],
         )
-        data[index] = _encode(x[index], scale_out[index], format)
+        is_own = amax is None and scale is None
+        _encode(x[index], scale_out[index], format, data[index], is_own=is_own)
     return QTensor(data, pack(scale_out, layout), format, layout)
 
 
@@ -60,19 +64,32 @@ def block_amax(x: Tensor, format: Format) -> Tensor:
     Returns:
         Shape ``format.scale_shape(x.shape)``; zero for blocks without elements.
     """
-    amax = x.to(torch.float32).abs()
-    if amax.numel() == 0:
-        return amax.new_zeros(format.scale_shape(tuple(x.shape)))
-    block = format.block[-x.dim() :]
-    for axis in range(-1, -x.dim() - 1, -1):
-        size = block[axis]
+    if x.numel() == 0:
+        return x.new_zeros(format.scale_shape(tuple(x.shape)), dtype=torch.float32)
+    if x.dim() == 2 and x.device.type == "cpu" and x.numel() > _PART:
+        step = _rows_per_part(x, format)
+        parts = [_block_amax(x[i : i + step], format) for i in range(0, x.shape[0], step)]
+        joined = torch.cat(parts)
+        return joined.amax(0, keepdim=True) if format.block[1] == ALL else joined
+    return _block_amax(x, format)
+
+
+def _block_amax(x: Tensor, format: Format) -> Tensor:
+    amax = x.abs()
+    # Columns last: a CPU takes maxima over rows four times as fast as along them.
+    for axis in range(-x.dim(), 0):
+        size = format.block[axis]
         if size == ALL:
             amax = amax.amax(axis, keepdim=True)
         elif size > 1:
             before = [0, 0] * (-axis - 1)
             amax = pad(amax, [*before, 0, -amax.shape[axis] % size])
-            amax = _split_axis(amax, axis, size).amax(axis)
-    return amax
+            amax = _split_axis(amax, axis, size)
+            # Halving is four times as fast as reducing 32 columns at once.
+            while axis == -1 and amax.shape[-1] % 2 == 0:
+                amax = torch.maximum(*amax.chunk(2, dim=-1))
+            amax = amax.amax(axis)
+    return amax.to(torch.float32)
 
 
 def scale_of(amax: Tensor, format: Format) -> Tensor:
@@ -120,13 +137,41 @@ def _scale(x: Tensor, format: Format, amax: Tensor | None, scale: Tensor | None)
     return torch.where(has_nan, torch.nan, scale.to(torch.float32)).to(scale.dtype)
 
 
-def _encode(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-    reciprocal = expand_scale(1.0 / scale.to(torch.float32), format, tuple(x.shape))
+def _encode(x: Tensor, scale: Tensor, format: Format, out: Tensor, *, is_own: bool) -> None:
+    reciprocal = 1.0 / scale.to(torch.float32)
     limit = format.element.max
-    scaled = torch.clamp(x.to(torch.float32) * reciprocal, -limit, limit)
+    # Its own scale is a number only if all of a block are.
+    has_numbers = x.numel() > 0 and (is_own or bool(x.abs().amax().isfinite()))
+    if x.device.type == "cpu" and has_numbers and reciprocal.isfinite().all():
+        for part, factor in _row_parts(x, reciprocal, format):
+            out[part] = (x[part] * factor).clamp_(-limit, limit)
+        return
+    expanded = expand_scale(reciprocal, format, tuple(x.shape))
+    scaled = torch.clamp(x.to(torch.float32) * expanded, -limit, limit)
     # NaN is stored for NaN only, in one pattern whatever its sign: a given scale of zero or Inf
     # makes none.
     scaled = torch.where(scaled.isnan(), 0.0, scaled)
     if format.element.has_nan:
         scaled = torch.where(x.isnan(), torch.nan, scaled)
-    return torch.where(reciprocal.isnan(), 0.0, scaled).to(format.element.dtype)
+    out.copy_(torch.where(expanded.isnan(), 0.0, scaled))
+
+
+def _rows_per_part(x: Tensor, format: Format) -> int:
+    """Rows of a matrix whose float32 values fit in cache; whole scale blocks."""
+    unit = max(format.block[1], 1)
+    return unit * max(_PART // (unit * max(x.shape[1], 1)), 1)
+
+
+def _row_parts(x: Tensor, factor: Tensor, format: Format) -> Iterator[tuple[Any, Tensor]]:
+    """Runs of rows with the factors of their elements: float32 values of a run fit in cache."""
+    rows = format.block[1]
+    if x.dim() == 3:
+        yield ..., expand_scale(factor, format, tuple(x.shape))
+        return
+    step = _rows_per_part(x, format)
+    for first in range(0, x.shape[0], step):
+        part = x[first : first + step]
+        of_part = factor
+        if rows != ALL:
+            of_part = factor[first // rows : -(-(first + step) // rows)]
+        yield slice(first, first + step), expand_scale(of_part, format, tuple(part.shape))

@@ -1,0 +1,1 @@
+"""Checkpoints: what lies in them, and how one becomes another."""
