@@ -86,18 +86,18 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "aria_text": {},
     "axk1": {},
-    "axk2": {},
+    "axk2": {"num_key_value_heads": 4},
     "bailing_hybrid": {},
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
     "cohere2_moe": {},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": WIDTH, "moe_num_experts": 4}
         | {"moe_top_k": 2},
     },
     "deepseek_v2": {},
     "deepseek_v3": {},
-    "deepseek_v32": {},
+    "deepseek_v32": {"num_key_value_heads": 4},
     "deepseek_v4": {},
     "dots1": {},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -112,11 +112,18 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {},
     "glm4_moe_lite": {},
-    "glm4v_moe": {},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    },
     "glm5_next_text": {
         "num_key_value_heads": 4, "qk_rope_head_dim": 0, "mlp_layer_types": ["dense", "sparse"],
     },
-    "glm_moe_dsa": {},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
     "gpt_oss": {},
     "granitemoe": {},
     "granitemoe_swa": {},
@@ -138,7 +145,7 @@ TINY: dict[str, dict[str, Any]] = {
     "laguna": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {},
-    "longcat_flash": {"zero_expert_num": 2},
+    "longcat_flash": {"zero_expert_num": 2, "head_dim": 8, "num_key_value_heads": 4},
     "mellum": {},
     "mimo_v2_flash": {},
     "minimax": {},
@@ -150,10 +157,10 @@ TINY: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "mistral_large4_text"} | _LATENT,
         "vision_config": {"model_type": "pixtral", "head_dim": 16} | _VISION,
     },
-    "mistral_large4_text": {},
+    "mistral_large4_text": {"num_key_value_heads": 4},
     "mixtral": {},
     "muse_spark_text": {"moe_hidden_size": 32},
-    "nemotron_h": {"layers_block_type": ["mamba", "moe"]},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe"], "n_groups": 2},
     "olmoe": {},
     "openai_privacy_filter": {},
     "phimoe": {},
@@ -174,7 +181,7 @@ TINY: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "step3p5", "moe_intermediate_size": WIDTH}
         | {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_groups": 2}
         | {"mlp_layer_types": ["sparse", "sparse"], "share_expert_dim": 40, "head_dim": 16}
-        | {"intermediate_size": 80} | _TEXT,
+        | {"intermediate_size": 80, "sliding_window": 16} | _TEXT,
     },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
