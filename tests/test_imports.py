@@ -42,6 +42,7 @@ OWNERS = {
     **dict.fromkeys(
         [
             "alpha_moe",
+            "lm_eval",
             "megatron",
             "neuronx_distributed",
             "neuronxcc",

@@ -17,7 +17,7 @@ from octomoe.checkpoint.encode import How
 from octomoe.checkpoint.jobs import Outcome
 from octomoe.checkpoint.plan import Plan, Shard
 from octomoe.checkpoint.schemes import MODELOPT_CONFIG, NEURON_CONFIG
-from octomoe.checkpoint.source import INDEX, Checkpoint
+from octomoe.checkpoint.source import INDEX, Checkpoint, local_path
 from octomoe.checkpoint.writer import PARTIAL, write_file, write_json
 from octomoe.errors import refusal
 
@@ -178,9 +178,10 @@ def is_complete(path: Path, digest: str) -> bool:
 
 def check_apart(source: str, path: Path) -> None:
     """Refuse a destination that is the source or lies within it."""
-    if "://" in source:
+    local = local_path(source)
+    if local is None:
         return
-    origin, target = Path(source).resolve(), path.resolve()
+    origin, target = local.resolve(), path.resolve()
     if origin.is_file():
         origin = origin.parent
     if target == origin or origin in target.parents:

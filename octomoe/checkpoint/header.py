@@ -206,12 +206,13 @@ def _entry(name: str, stated: object, file: str, data_start: int) -> Entry:
     if not _are_sizes(shape) or len(shape) > 64 or not _are_sizes(offsets) or len(offsets) != 2:
         _fail(file, f"has tensor {_short(name)} of no valid shape and data_offsets")
     first, last = offsets
-    bits = 1
+    bits = _BITS[dtype]
     for size in shape:
-        bits *= size
-        if bits > 1 << 64:
+        # Beside an axis of 0 too: torch counts strides in 64 bits.
+        bits *= max(size, 1)
+        if bits > 1 << 63:
             _fail(file, f"has tensor {_short(name)} of impossible shape {_short(str(shape))}")
-    bits *= _BITS[dtype]
+    bits *= 0 not in shape
     if last < first or bits % 8 or bits // 8 != last - first:
         got = f"bytes {first} to {last} for {dtype} of shape {_short(str(shape))}"
         _fail(file, f"has tensor {_short(name)} with {got}")

@@ -119,6 +119,19 @@ class Reader:
         for name in self.scales:
             self.companions.update(self.companions_of(name))
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of experts, scales included, per expert weight."""
+        tensors, matrices = self.checkpoint.tensors, 3 if self.family.gated else 2
+        num_bytes = num_weights = 0
+        for layer in self.layers:
+            for name in layer.names:
+                for each in (name, *self.companions_of(name)):
+                    num_bytes += tensors[each].num_bytes
+            size = layer.hidden_size * layer.intermediate_size
+            num_weights += matrices * layer.num_experts * size
+        return num_bytes / num_weights
+
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored in 8 bits or less, with a scale."""
         return name in self.scales

@@ -204,11 +204,17 @@ class _RemoteStore:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
+def local_path(path: str) -> Path | None:
+    """The path of a file system that a path or ``file://`` URL means; None for any other URL."""
+    path = path.removeprefix("file://")
+    return None if "://" in path else Path(path).expanduser()
+
+
 def _open_store(path: str) -> tuple[Store, str | None]:
     """The folder, and the one file asked for if the path names a file."""
-    if "://" in path:
+    local = local_path(path)
+    if local is None:
         return _RemoteStore(path), None
-    local = Path(path).expanduser()
     if local.is_dir():
         return _LocalStore(local), None
     if local.is_file() and local.suffix == ".safetensors":
@@ -224,13 +230,13 @@ def _shards(path: str, names: list[str], index: Any) -> list[str]:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(_refuse(path, f"has an {INDEX} without weight_map", "one"))
-        files = set(weight_map.values())
-        for file in files:
+        for file in weight_map.values():
             # A name is a name: no path leads out of the folder.
             is_name = isinstance(file, str) and file == os.path.basename(file) and file.strip(".")
             if not is_name or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
                 got = f"has an {INDEX} that names {file!r}"
                 raise ValueError(_refuse(path, got, ".safetensors files in the same folder"))
+        files = set(weight_map.values())
         missing = sorted(files - set(names))
         if missing:
             got = f"lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:5])}"

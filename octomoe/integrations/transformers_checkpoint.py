@@ -4,13 +4,14 @@ Transformers builds the model from plain numbers; its experts are then replaced 
 so that what runs is what the checkpoint holds, bytes and scales.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from octomoe.checkpoint.names import ExpertLayer
 from octomoe.checkpoint.reader import Reader
 from octomoe.checkpoint.source import Checkpoint
 from octomoe.checkpoint.state_dict import plain_state_dict, read_experts
@@ -18,7 +19,7 @@ from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.errors import refusal
-from octomoe.integrations.transformers import LoadedModel, experts_of, find_experts
+from octomoe.integrations.transformers import LoadedModel, activation_of, find_experts
 
 
 def load_checkpoint(
@@ -86,20 +87,39 @@ def stored_experts(
 
     Layers that are not quantised are left out.
     """
-    layers = {layer.layer: layer for layer in reader.layers if not layer.is_mtp}
-    modules = list(find_experts(model))
+    found = {}
+    layers = layers_by_module(reader, [name for name, _ in find_experts(model)])
+    for name, layer in layers.items():
+        stored = read_experts(reader, layer)
+        if isinstance(stored.w13, QTensor):
+            found[name] = ExpertWeights(
+                stored.w13,
+                stored.w2,
+                activation_of(model.get_submodule(name)),
+                stored.w13_bias,
+                stored.w2_bias,
+                stored.w13_input_scale,
+                stored.w2_input_scale,
+            )
+    return found, reader.scheme.activations
+
+
+def layers_by_module(reader: Reader, modules: Sequence[str]) -> dict[str, ExpertLayer]:
+    """Which of the checkpoint's layers each of a model's experts modules is.
+
+    Args:
+        reader: the checkpoint.
+        modules: names of all experts modules of the model, in its order.
+
+    Raises:
+        NotImplementedError: there are more or fewer of them than layers with experts.
+    """
+    layers = sorted((x for x in reader.layers if not x.is_mtp), key=lambda layer: layer.layer)
     if len(modules) != len(layers):
         got = f"has {len(modules)} experts modules of the standard interface"
         needs = f"the checkpoint's {len(layers)}"
-        raise NotImplementedError(refusal("stored_experts", "model", got, needs))
-    found = {}
-    for (name, module), number in zip(modules, sorted(layers), strict=True):
-        stored = read_experts(reader, layers[number])
-        if isinstance(stored.w13, QTensor):
-            original = experts_of(module)
-            fields = {k: v for k, v in vars(stored).items() if k != "layer"}
-            found[name] = replace(original, **fields)
-    return found, reader.scheme.activations
+        raise NotImplementedError(refusal("layers_by_module", "modules", got, needs))
+    return dict(zip(modules, layers, strict=True))
 
 
 def _encoder(path: str) -> Any:

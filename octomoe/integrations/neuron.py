@@ -1,0 +1,313 @@
+"""AWS Neuron: a model's state dict in the names and layout of NxD Inference, experts in 8 bits.
+
+    convert_state_dict(state_dict, config)   what `octomoe convert --target neuron` writes, in memory
+    quantization_passes(config)              how NxD's `convert` is to be called for it
+    check_expert_parallel(...)               refuses what NxD cannot run, before a compilation
+
+NxD Inference hands every checkpoint it loads to `convert_hf_to_neuron_state_dict`; a subclass that
+overrides it is all that is needed, for any source: unquantised, one of OctoMoE's targets, or
+Neuron's own layout.
+
+    class OctoQwen3Moe(NeuronQwen3MoeForCausalLM):
+        @staticmethod
+        def convert_hf_to_neuron_state_dict(state_dict, config):
+            return convert_state_dict(state_dict, config)
+
+Sources: neuronx-distributed-inference, models/application_base.py and models/qwen3_moe;
+neuronx-distributed, quantization/quantize.py and modules/moe/expert_mlps_v2.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octomoe.checkpoint.families import load_families, text_configs
+from octomoe.checkpoint.header import DTYPE_NAMES, Entry, Planned
+from octomoe.checkpoint.names import Family, find_family, matches
+from octomoe.checkpoint.neuron import LAYOUT, neuron_config, neuron_family
+from octomoe.checkpoint.options import ExpertScale, Options
+from octomoe.checkpoint.plan import make_plan
+from octomoe.checkpoint.reader import Reader
+from octomoe.checkpoint.schemes import NEURON_TYPES
+from octomoe.checkpoint.source import Checkpoint
+from octomoe.errors import refusal
+
+StateTensors = Mapping[str, Tensor]
+
+
+def convert_state_dict(
+    state_dict: StateTensors,
+    config: Any,
+    *,
+    expert_wise_scale: bool | None = None,
+    ep_degree: int = 1,
+    tp_degree: int | None = None,
+    weights_scale: str = "auto",
+    all_linears: bool = False,
+    modules_to_not_convert: tuple[str, ...] = (),
+    allow_requantize: bool = False,
+) -> dict[str, Tensor]:
+    """Turn a model's state dict into Neuron's names and layout, with its experts in 8 bits.
+
+    ``gate_up_proj [E, D, 2F]`` and ``down_proj [E, F, D]`` hold ``w / scale``, scales are float32
+    ``[E, 1, 2F]`` and ``[E, 1, D]``, or ``[1, 1, ...]`` and common to all experts. Same bytes as
+    `octomoe.convert_checkpoint` with target ``neuron``.
+
+    Args:
+        state_dict: name -> tensor as in Hugging Face's checkpoint, with or without ``model.`` in
+            front: unquantised, or quantised as `config` says. Tensors that pass through are not
+            copied.
+        config: dict, Transformers' config or NxD Inference's. Its ``moe_intermediate_pad_size`` is
+            NxD's: how much of its ``moe_intermediate_size`` is padding.
+        expert_wise_scale: whether every expert has its own scales. None: as this model's own config
+            says (``expert_wise_scale``, there or in its ``neuron_config``; else
+            ``neuron_config.quantization_type``), or true.
+        ep_degree: ranks that share the experts. The result holds all experts, NxD deals them out.
+        tp_degree: adds the ``rank_util.rank`` tensors that NxD Inference's models read. None: that
+            of ``neuron_config``, if there is one.
+        weights_scale, all_linears, modules_to_not_convert, allow_requantize: as
+            `octomoe.convert_checkpoint` has them.
+
+    Returns:
+        Neuron's state dict. `state_dict` itself if the model has no experts.
+
+    Raises:
+        ValueError: the experts cannot be dealt out so, Neuron has no model of the family, or the
+            state dict does not fit `config`.
+    """
+    stated = _as_dict(config)
+    family = _moe_family(state_dict, stated)
+    if family is None:
+        return state_dict if isinstance(state_dict, dict) else dict(state_dict)
+    is_wise = _is_expert_wise(stated) if expert_wise_scale is None else expert_wise_scale
+    padding = stated.get("moe_intermediate_pad_size") or 0
+    width = stated.get("moe_intermediate_size", 0)
+    if padding:
+        stated["moe_intermediate_size"] = width - padding
+    experts = neuron_family(family).experts[0]
+    if any(matches(name, [f"*{experts}.*"]) for name in state_dict):
+        converted = dict(state_dict)
+        _check_scales(converted, experts, is_wise=is_wise)
+    else:
+        options = Options(
+            target="neuron",
+            expert_scale=ExpertScale.WISE if is_wise else ExpertScale.SHARED,
+            pad_intermediate=width if padding else 1,
+            weights_scale=weights_scale,
+            all_linears=all_linears,
+            modules_to_not_convert=modules_to_not_convert,
+            allow_requantize=allow_requantize,
+        )
+        stated.pop("expert_wise_scale", None)
+        converted = _convert(Reader(StateDict(state_dict, stated)), options)
+    num_experts = converted[next(n for n in converted if matches(n, [f"*{experts}.*"]))].shape[0]
+    _check_degree(ep_degree, num_experts, is_wise=is_wise)
+    return converted | _ranks(stated, tp_degree)
+
+
+def quantization_passes(config: Any) -> list[dict[str, Any]]:
+    """The calls of NxD's `convert` that prepare a model for such a state dict, in order.
+
+    NxD quantises a whole model one way, and knows expert-wise scales in experts only. So all but
+    the experts goes first, per channel, and then the experts. Without expert-wise scales one pass
+    does both.
+
+    Args:
+        config: as `convert_state_dict` takes it; ``modules_to_not_convert`` is looked up there and
+            in its ``neuron_config``.
+
+    Returns:
+        Of each pass ``quantization_type``, and ``modules_to_not_convert`` or ``include``; NxD
+        takes one of the two, never both.
+    """
+    stated = _as_dict(config)
+    kept = list(_setting(stated, "modules_to_not_convert") or ())
+    is_wise = _is_expert_wise(stated)
+    written = neuron_config(is_wise=is_wise, kept=kept, pad_intermediate=0, has_linears=True)
+    whole = {key: written[key] for key in ("quantization_type", "modules_to_not_convert")}
+    passes: list[dict[str, Any]] = written.get("quantization_passes", [whole])
+    return passes
+
+
+def check_expert_parallel(
+    ep_degree: int, batch_size: int, top_k: int, num_experts: int, is_decode: bool
+) -> None:
+    """Refuse a batch that NxD cannot decode with its experts spread over ranks.
+
+    Where ``batch_size * top_k < num_experts``, NxD reads the chosen experts only, and it does not
+    know how to across ranks: the first token would end in NotImplementedError.
+
+    Args:
+        ep_degree: ranks that share the experts.
+        batch_size: tokens of a decoding step.
+        top_k: experts per token.
+        num_experts: experts of a layer.
+        is_decode: whether this is token generation; a prompt may have any length.
+
+    Raises:
+        ValueError: NxD would refuse.
+    """
+    if num_experts % ep_degree:
+        got = f"is {ep_degree}"
+        raise ValueError(
+            refusal("check_expert_parallel", "ep_degree", got, f"a divisor of {num_experts}")
+        )
+    if ep_degree > 1 and is_decode and batch_size * top_k < num_experts:
+        least = -(-num_experts // top_k)
+        got = f"is {batch_size} with {top_k} of {num_experts} experts per token"
+        needs = f"{least} or more in token generation under expert parallel degree {ep_degree}"
+        do = f"raise the batch to {least}, or decode with expert parallel degree 1 (tensor parallel"
+        do += " experts) and keep the higher degree for prompts"
+        raise ValueError(refusal("check_expert_parallel", "batch_size", got, needs, do))
+
+
+class StateDict(Checkpoint):
+    """A state dict that reads like a checkpoint.
+
+    Args:
+        tensors: name -> tensor.
+        config: config.json.
+    """
+
+    def __init__(self, tensors: StateTensors, config: dict[str, Any]) -> None:
+        self.path, self.config, self.files = "state_dict", config, []
+        self._tensors = tensors
+        self.tensors = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                got = f"holds {name!r} of dtype {tensor.dtype}"
+                raise ValueError(refusal("convert_state_dict", "state_dict", got, "another dtype"))
+            dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+            self.tensors[name] = Entry(name, dtype, shape, "", 0, tensor.nbytes)
+
+    def json(self, name: str) -> Any:
+        """None: there is no file."""
+        return None
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or one entry of its first axis."""
+        tensor = self._tensors[name].detach().cpu()
+        if index is None:
+            return tensor.contiguous()
+        # Not every 8-bit float can be indexed.
+        as_bytes = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+        return as_bytes[index].contiguous().view(tensor.dtype)
+
+    def read_rows(self, name: str, index: int, parts: int) -> Tensor:
+        """One of `parts` equal runs of entries of the first axis."""
+        return self.read(name).chunk(parts)[index].contiguous()
+
+    def chunks(self, name: str, size: int = 16 << 20) -> Iterator[tuple[int, Tensor]]:
+        """A tensor's bytes, in one piece."""
+        yield 0, self.read(name).reshape(-1).view(torch.uint8)
+
+
+class _Memory:
+    """Takes what jobs write."""
+
+    def __init__(self, planned: list[Planned]) -> None:
+        self._planned = {tensor.name: tensor for tensor in planned}
+        self._dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        self.tensors: dict[str, Tensor] = {}
+
+    def write(self, name: str, data: Tensor, offset: int = 0) -> None:
+        planned = self._planned[name]
+        raw = data.contiguous().reshape(-1).view(torch.uint8)
+        if raw.numel() != planned.num_bytes:
+            if name not in self.tensors:
+                whole = torch.empty(planned.num_bytes, dtype=torch.uint8)
+                self.tensors[name] = self._shaped(planned, whole)
+            whole = self.tensors[name].reshape(-1).view(torch.uint8)
+            whole[offset : offset + raw.numel()] = raw
+        else:
+            self.tensors[name] = self._shaped(planned, raw)
+
+    def _shaped(self, planned: Planned, raw: Tensor) -> Tensor:
+        return raw.view(self._dtypes[planned.dtype]).view(planned.shape)
+
+
+def _convert(reader: Reader, options: Options) -> dict[str, Tensor]:
+    plan = make_plan(reader, options)
+    memory = _Memory([tensor for shard in plan.shards for tensor in shard.tensors])
+    for experts in plan.experts:
+        for job in experts.gather_jobs:
+            job.run(memory.write)
+        experts.settle()
+    for shard in plan.shards:
+        for group in shard.groups:
+            for job in group.jobs:
+                job.run(memory.write)
+    return memory.tensors
+
+
+def _moe_family(state_dict: StateTensors, config: Mapping[str, Any]) -> Family | None:
+    """The record of the model, None if it has no experts."""
+    types = {part.get("model_type") for part in (config, *text_configs(config))}
+    known = [family for family in load_families() if types.intersection(family.model_types)]
+    patterns = [f"{p}.*" for family in known for p in (*family.experts, f"*{_neuron(family)}")]
+    has_experts = any(matches(name, patterns or ["*.experts.*"]) for name in state_dict)
+    return find_family(config) if has_experts else None
+
+
+def _neuron(family: Family) -> str:
+    return neuron_family(family).experts[0] if family.neuron else family.experts[0]
+
+
+def _is_expert_wise(config: Mapping[str, Any]) -> bool:
+    stated = _setting(config, "expert_wise_scale")
+    if isinstance(stated, bool):
+        return stated
+    return bool(_setting(config, "quantization_type") != NEURON_TYPES[False])
+
+
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    """An entry of the config, or of the ``neuron_config`` in it."""
+    own = config.get(key)
+    return _as_dict(config.get("neuron_config")).get(key) if own is None else own
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """A config of whatever class as a new dict; what it holds of other classes too."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        config = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    inner = ("quantization_config", "text_config", "neuron_config")
+    return {
+        key: _as_dict(value) if key in inner and value is not None else value
+        for key, value in config.items()
+    }
+
+
+def _check_scales(tensors: StateTensors, experts: str, *, is_wise: bool) -> None:
+    names = [f"*{experts}.{part.name.removesuffix('weight')}scale" for part in LAYOUT.parts]
+    for name, tensor in tensors.items():
+        if matches(name, names) and (tensor.shape[0] == 1) == is_wise:
+            got = f"holds {name!r} of shape {tuple(tensor.shape)}"
+            needs = "expert-wise scales [E, 1, ...]" if is_wise else "common scales [1, 1, ...]"
+            do = f"set expert_wise_scale to {not is_wise}, or convert the checkpoint again"
+            raise ValueError(refusal("convert_state_dict", "state_dict", got, needs, do))
+
+
+def _check_degree(ep_degree: int, num_experts: int, *, is_wise: bool) -> None:
+    if num_experts % ep_degree:
+        got = f"is {ep_degree}"
+        raise ValueError(
+            refusal("convert_state_dict", "ep_degree", got, f"a divisor of {num_experts}")
+        )
+    if ep_degree > 1 and not is_wise:
+        # NxD deals out the first axis of every tensor of an experts module, the scale's too.
+        do = "turn expert_wise_scale on, or use expert parallel degree 1"
+        needs = "expert-wise scales, one of which goes with each expert"
+        raise ValueError(refusal("convert_state_dict", "ep_degree", f"is {ep_degree}", needs, do))
+
+
+def _ranks(config: Mapping[str, Any], tp_degree: int | None) -> dict[str, Tensor]:
+    """What NxD Inference's models look up to know their rank."""
+    degree = _setting(config, "tp_degree") if tp_degree is None else tp_degree
+    if not degree:
+        return {}
+    modules = ["", *(f"layers.{n}.self_attn." for n in range(config["num_hidden_layers"]))]
+    return {f"{m}rank_util.rank": torch.arange(degree, dtype=torch.int32) for m in modules}
