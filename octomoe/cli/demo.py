@@ -18,7 +18,6 @@ from octomoe.evaluate.compare import Comparison, measure_baseline
 from octomoe.evaluate.report import write_report
 from octomoe.evaluate.run import run_scheme
 from octomoe.evaluate.schemes import SCHEMES
-from octomoe.integrations.transformers import experts_of, find_experts, load_model
 
 _EXAMPLES: Final = Path(octomoe.__file__).parents[1] / "examples"
 
@@ -36,6 +35,9 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Quantise a model's experts in every way and show what each one costs."""
+    # Here, not above: it takes a second to import, and most verbs do without.
+    from octomoe.integrations.transformers import experts_of, find_experts, load_model
+
     console = Console(stderr=True)
     model_path = model or _bundled("tiny-qwen3-moe")
     text_path = text or _bundled("heldout.txt")

@@ -20,8 +20,6 @@ from octomoe.evaluate.report import write_report
 from octomoe.evaluate.run import experts_in_place, measure_quantized
 from octomoe.evaluate.schemes import Scheme
 from octomoe.integrations.lm_eval import run_tasks
-from octomoe.integrations.transformers import experts_of, find_experts
-from octomoe.integrations.transformers_checkpoint import load_reader, stored_experts
 
 
 def evaluate(
@@ -43,6 +41,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare converted checkpoints' predictions with those of the one they were made from."""
+    # Here, not above: they take a second to import, and most verbs do without.
+    from octomoe.integrations.transformers import experts_of, find_experts
+    from octomoe.integrations.transformers_checkpoint import load_reader, stored_experts
+
     console = Console(stderr=True)
     check_report("eval", report)
     source = Reader(Checkpoint(against), family_file)

@@ -1,13 +1,15 @@
 """Text as token ids, for every verb that runs a model on some."""
 
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from octomoe.errors import refusal
-from octomoe.integrations.transformers import LoadedModel
+
+if TYPE_CHECKING:
+    from octomoe.integrations.transformers import LoadedModel
 
 # Predictions of the unquantised model are kept in memory to compare with: 4 bytes per token and
 # vocabulary entry.
@@ -16,7 +18,7 @@ _SEQUENCES_PER_BATCH: Final = 4
 
 
 def read_batches(
-    path: Path, loaded: LoadedModel, num_tokens: int, length: int, verb: str = "demo"
+    path: Path, loaded: "LoadedModel", num_tokens: int, length: int, verb: str = "demo"
 ) -> list[Tensor]:
     """The first tokens of a text, as batches of sequences ``[B, length]``.
 

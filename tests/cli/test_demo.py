@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from octomoe.cli import app
+from octomoe.cli import app, comparison
 from octomoe.evaluate.schemes import SCHEMES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -124,9 +124,7 @@ def test_options_that_cannot_work_are_refused_before_the_work(option, value, mes
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_a_missing_package_is_named_before_the_work(package, monkeypatch):
-    # The function `demo` hides its module's name.
-    module = sys.modules["octomoe.cli.demo"]
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None if name == package else name)
     result = CliRunner().invoke(app, ["demo"])
     assert isinstance(result.exception, ImportError)
     assert f"demo: needs the package {package}" in str(result.exception)
