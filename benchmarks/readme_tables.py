@@ -3,7 +3,8 @@
     python benchmarks/readme_tables.py           rewrite README.md
     python benchmarks/readme_tables.py --check   exit with 1 if it would change
 
-A table stands between ``<!-- accuracy: MODEL -->`` and ``<!-- end -->``.
+A table stands between ``<!-- accuracy: MODEL -->`` or ``<!-- convert: cpu -->`` and
+``<!-- end -->``.
 """
 
 import json
@@ -15,13 +16,19 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.jsonl"
-MARKED = re.compile(r"(<!-- accuracy: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CONVERT = ROOT / "benchmarks" / "results" / "cpu" / "convert.jsonl"
+MARKED = re.compile(r"(<!-- (accuracy|convert): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
     """Rewrite or check."""
     text = README.read_text(encoding="utf-8")
-    written = MARKED.sub(lambda match: match[1] + accuracy_table(match[2]) + match[3], text)
+
+    def table(match: re.Match[str]) -> str:
+        made = accuracy_table(match[3]) if match[2] == "accuracy" else convert_table()
+        return match[1] + made + match[4]
+
+    written = MARKED.sub(table, text)
     if "--check" in sys.argv[1:]:
         sys.exit("README.md is not made from the newest records" if written != text else 0)
     README.write_text(written, encoding="utf-8")
@@ -42,6 +49,26 @@ def accuracy_table(model: str) -> str:
             f"`{record['command']}`, {record['num_tokens']} tokens, commit {record['commit']}, "
             f"torch {versions['torch']}, transformers {versions['transformers']}; "
             f"from `{RESULTS.relative_to(ROOT)}`."
+        ),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def convert_table() -> str:
+    """The newest converter record as a Markdown table with its origin."""
+    record = json.loads(CONVERT.read_text(encoding="utf-8").splitlines()[-1])
+    rows = ["| tool | what | source | seconds | peak memory |", "|---|---|--:|--:|--:|"]
+    for run in record["results"]:
+        seconds = f"{run['seconds']:.1f} ({run['fastest']:.1f} to {run['slowest']:.1f})"
+        size = f"{run['source_bytes'] / 1e9:.1f} GB"
+        memory = f"{run['peak_rss_mb'] / 1000:.2f} GB"
+        cells = (run["tool"], f"`{run['what']}`", size, seconds, memory)
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += [
+        "",
+        (
+            f"`{record['command']}`, {record['cores']} cores, commit {record['commit']}, torch "
+            f"{record['versions']['torch']}; from `{CONVERT.relative_to(ROOT)}`."
         ),
     ]
     return "\n".join(rows) + "\n"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from octomoe.checkpoint.destination import Destination, check_apart, is_complete, ranks
+from octomoe.checkpoint.destination import Destination, check_apart, is_complete, ranks, tidy
 from octomoe.checkpoint.jobs import Outcome
 from octomoe.checkpoint.names import Role
 from octomoe.checkpoint.neuron import neuron_config
@@ -148,7 +148,9 @@ def convert_checkpoint(
     if dry_run:
         return conversion
     rank, world_size = ranks()
-    if not (resume and is_complete(path, plan.digest)):
+    if resume and is_complete(path, plan.digest):
+        tidy(path)
+    else:
         destination = Destination(path, plan, rank=rank, resume=resume)
         try:
             _write(plan, destination, rank, world_size, workers or default_workers(), on_progress)

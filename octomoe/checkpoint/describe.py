@@ -141,17 +141,17 @@ def describe(path: str | Path, family_file: str | Path | None = None) -> Descrip
     load_families(records)
     checkpoint = Checkpoint(path)
     config, tensors = checkpoint.config, checkpoint.tensors
-    reader, problem = None, ""
+    reader: Reader | None = None
+    scales: list[ScaleStatistics] = []
+    problem = ""
     try:
         reader = Reader(checkpoint, records)
+        local = Budget(_LOCAL_READS, _LOCAL_BYTES, default_workers())
+        scales = measure_scales(reader, _REMOTE if "://" in checkpoint.path else local)
     except (ValueError, NotImplementedError) as error:
         problem = str(error)
     scheme = reader.scheme if reader else _scheme(checkpoint)
     family = reader.family if reader else _family(config, records)
-    scales: list[ScaleStatistics] = []
-    if reader:
-        local = Budget(_LOCAL_READS, _LOCAL_BYTES, default_workers())
-        scales = measure_scales(reader, _REMOTE if "://" in checkpoint.path else local)
     layers = [_layer(reader, layer) for layer in reader.layers] if reader else []
     num_layers = _number(config, family.num_layers if family else ("num_hidden_layers",)) or 0
     sparse = {layer.layer for layer in layers}

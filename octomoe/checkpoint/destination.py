@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,8 @@ _WEIGHT_FILES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf",
 _OWN_FILES: Final = ("config.json", INDEX, MODELOPT_CONFIG, NEURON_CONFIG, REPORT)
 _POLL_SECONDS: Final = 0.2
 _START_SECONDS: Final = 600.0
+# In which a rank that is started again takes back that it failed.
+_RESTART_SECONDS: Final = 60.0
 
 
 class Destination:
@@ -79,12 +82,17 @@ class Destination:
         Raises:
             RuntimeError: one of them failed.
         """
+        prepared, started = (self.path / _MARKER).stat().st_mtime_ns, time.monotonic()
         while not all(self.is_done(shard) for shard in self.plan.shards):
             for failed in self.path.glob(f"{_FAILED}*"):
-                raise RuntimeError(
-                    f"convert_checkpoint: rank {failed.name.removeprefix(_FAILED)} failed: "
-                    f"{failed.read_text()}; repair that and run again with --resume"
-                )
+                # A rank that goes on after an earlier failure takes it back when it has started.
+                with suppress(FileNotFoundError):
+                    is_old = failed.stat().st_mtime_ns < prepared
+                    if not is_old or time.monotonic() - started > _RESTART_SECONDS:
+                        raise RuntimeError(
+                            f"convert_checkpoint: rank {failed.name.removeprefix(_FAILED)} failed: "
+                            f"{failed.read_text()}; repair that and run again with --resume"
+                        )
             time.sleep(_POLL_SECONDS)
 
     def outcome(self) -> Outcome:
@@ -94,6 +102,8 @@ class Destination:
             stated = json.loads(self._side(shard).read_text())
             weights = {How(how): count for how, count in stated["weights"].items()}
             total.merge(Outcome(weights, stated["num_changed"], stated["num_values"]))
+        # Workers end in any order.
+        total.weights = {how: total.weights[how] for how in How if how in total.weights}
         return total
 
     def complete(self, source: Checkpoint, side_files: dict[str, Any], report: object) -> None:
@@ -114,9 +124,7 @@ class Destination:
             write_json(self.path / INDEX, {"metadata": total, "weight_map": weight_map})
         write_json(self.path / REPORT, report)
         write_json(self.path / "config.json", self.plan.config)
-        for shard in shards:
-            self._side(shard).unlink(missing_ok=True)
-        (self.path / _MARKER).unlink()
+        tidy(self.path)
 
     def _prepare(self, *, resume: bool) -> None:
         marker = self.path / _MARKER
@@ -124,7 +132,7 @@ class Destination:
             raise FileExistsError(_refuse(self.path, "is a file", "a folder"))
         if marker.exists():
             self._check_marker(marker, resume=resume)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(f.name != PARTIAL + _MARKER for f in self.path.iterdir()):
             do = "choose another, or delete it first: nothing is overwritten"
             raise FileExistsError(_refuse(self.path, "is not empty", "a new or empty folder", do))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -156,7 +164,9 @@ class Destination:
     def _await_marker(self) -> None:
         marker, started = self.path / _MARKER, time.monotonic()
         while time.monotonic() - started < _START_SECONDS:
-            if marker.exists():
+            if is_complete(self.path, self.plan.digest):
+                return
+            with suppress(FileNotFoundError):
                 if json.loads(marker.read_text())["digest"] == self.plan.digest:
                     return
                 got = "was prepared by rank 0 for other options or another source"
@@ -169,11 +179,19 @@ class Destination:
 
 
 def is_complete(path: Path, digest: str) -> bool:
-    """Whether a folder holds the finished conversion of a plan."""
+    """Whether a folder holds the finished conversion of a plan, tidied up or not."""
     report = path / REPORT
-    if (path / _MARKER).exists() or not (path / "config.json").exists() or not report.exists():
+    if not (path / "config.json").exists() or not report.exists():
         return False
     return bool(json.loads(report.read_text()).get("digest") == digest)
+
+
+def tidy(path: Path) -> None:
+    """Remove what only an unfinished conversion needs, the marker last."""
+    for file in path.glob(f"{PARTIAL}*"):
+        if file.name != _MARKER:
+            file.unlink(missing_ok=True)
+    (path / _MARKER).unlink(missing_ok=True)
 
 
 def check_apart(source: str, path: Path) -> None:

@@ -106,7 +106,7 @@ class WriteFile:
         self._file = os.open(path, flags, 0o644)
         self._direct: int | None = None
         try:
-            _reserve(self._file, size)
+            _reserve(self._file, path, size)
             self._direct = _open_direct(path, os.O_WRONLY)
         except BaseException:
             self.close()
@@ -162,7 +162,7 @@ def _stage() -> memoryview:
     return view
 
 
-def _reserve(file: int, size: int) -> None:
+def _reserve(file: int, path: str, size: int) -> None:
     """Claim the disk space now, where the file system can: a full disk then shows at once."""
     if size == 0:
         return
@@ -170,7 +170,8 @@ def _reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
+            message = f"{error.strerror} for {path} of {size:,} bytes"
+            raise OSError(error.errno, message) from error
         os.ftruncate(file, size)
 
 

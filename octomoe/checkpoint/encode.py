@@ -127,14 +127,14 @@ def has_pow2_scales(scale: Tensor) -> bool:
 def search_scale(x: Tensor, format: Format) -> Tensor:
     """The scale of each block, of the candidates `_SEARCH`, with the least squared error."""
     own = quantize(x, format).scale
-    best_scale = own.to(torch.float32)
+    wide, best_scale = x.to(torch.float32), own.to(torch.float32)
     best_error = torch.full_like(best_scale, torch.inf)
     for factor in _SEARCH:
         if format.rounding == Rounding.POW2 and factor not in (0.5, 1.0):
             continue
         candidate = (own.to(torch.float32) * factor).clamp_min(format.min_scale)
         q = quantize(x, format, scale=candidate.to(format.scale_dtype))
-        error = _block_sums((q.dequantize() - x.to(torch.float32)).square(), format)
+        error = _block_sums(q.dequantize().sub_(wide).square_(), format)
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, candidate, best_scale)

@@ -85,8 +85,11 @@ def scale_bytes(scale: Tensor) -> Tensor:
 
 
 def check_finite(encoded: Encoded, what: str) -> None:
-    """Refuse weights with a NaN or an Inf: their scale is NaN."""
-    if encoded.q.scale.to(torch.float32).isnan().any():
+    """Refuse weights with a NaN or an Inf: their scale is NaN, or bytes of the source's are."""
+    is_finite = bool(encoded.q.scale.to(torch.float32).isfinite().all())
+    if encoded.how != How.QUANTIZED:
+        is_finite &= not bool(((encoded.q.data.view(torch.uint8) & 0x7F) == 0x7F).any())
+    if not is_finite:
         raise ValueError(
             f"convert_checkpoint: {what} holds NaN or Inf, but needs finite weights; "
             "repair the source, or leave the module as it is with --keep"

@@ -57,10 +57,11 @@ def neuron_config(
 
     Args:
         is_wise: whether every expert has its own scales.
-        kept: substrings of the names of modules that are not quantised.
+        kept: names of modules that are not quantised.
         pad_intermediate: the experts' padded width, 0 if not padded.
         has_linears: whether linears outside the experts are quantised, per channel.
     """
+    kept = _as_nxd_matches(kept)
     config: dict[str, Any] = {
         "quantized": True,
         "quantization_type": NEURON_TYPES[is_wise],
@@ -80,6 +81,25 @@ def neuron_config(
     if pad_intermediate:
         config["moe_intermediate_pad_size"] = pad_intermediate
     return config
+
+
+def _as_nxd_matches(kept: list[str]) -> list[str]:
+    """Texts that NxD finds in the names of its modules, and that lie in the stored names too.
+
+    Its attention wraps each projection: ``self_attn.qkv_proj.q_proj`` (or ``.qkv_proj.Wqkv``) and
+    ``self_attn.o_proj.o_proj``. NxD Inference's fused QKV looks for ``layers.0.self_attn`` itself.
+    """
+    names = dict.fromkeys(kept)
+    found = []
+    for name in kept:
+        parent, _, leaf = name.rpartition(".")
+        is_whole = {f"{parent}.q_proj", f"{parent}.o_proj"} <= names.keys()
+        if is_whole and leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            name = parent
+        elif leaf == "q_proj":
+            name = f"{parent}.q"
+        found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def _mapping(family: Family) -> dict[str, str]:

@@ -98,24 +98,23 @@ def _of_ignored(checkpoint: Checkpoint, scheme: Scheme, reader: Reader | None) -
         modules.add("lm_head")
     ignored = IgnoreList(scheme)
     if unused := ignored.unused(modules):
-        yield f"{_count(unused, 'entry', 'entries')} of the ignore list match nothing: " + _few(
-            unused
-        )
+        yield f"ignore list entries that match nothing: {_few(unused)}"
     quantized = sorted({module_of(name) for name in reader.scales}) if reader else []
     if wrong := [module for module in quantized if ignored.names(module)]:
-        yield f"{_count(wrong, 'module')} of the ignore list are quantised: {_few(wrong)}"
+        yield f"quantised modules on the ignore list: {_few(wrong)}"
 
 
 def _of_layers(reader: Reader) -> Iterator[str]:
     main = [layer for layer in reader.layers if not layer.is_mtp]
     mtp = [layer for layer in reader.layers if layer.is_mtp]
     if mtp:
-        yield f"multi-token prediction has experts too, in layer {runs(m.layer for m in mtp)}"
+        yield f"multi-token prediction has experts too, in {_where(m.layer for m in mtp)}"
     plain = [layer for layer in reader.layers if not _quantized(reader, layer)]
     if len(plain) < len(reader.layers):
         for layers, what in ((main, ""), (mtp, " of multi-token prediction")):
-            if numbers := runs(layer.layer for layer in layers if layer in plain):
-                yield f"experts{what} are not quantised in layer {numbers}, but elsewhere they are"
+            if numbers := [layer.layer for layer in layers if layer in plain]:
+                where = _where(numbers)
+                yield f"experts{what} are not quantised in {where}, but elsewhere they are"
     for layer in reader.layers:
         for role, dtypes in _dtypes(reader, layer).items():
             if len(dtypes) > 1:
@@ -126,7 +125,7 @@ def _of_layers(reader: Reader) -> Iterator[str]:
         sizes = f"{layer.num_experts} experts of {layer.hidden_size} × {layer.intermediate_size}"
         kinds[f"{sizes}, {layer.layout.name}"].append(layer.layer)
     if len(kinds) > 1:
-        stated = (f"layer {runs(numbers)} {kind}" for kind, numbers in kinds.items())
+        stated = (f"{_where(numbers)} {kind}" for kind, numbers in kinds.items())
         yield "layers have different experts: " + "; ".join(stated)
 
 
@@ -150,11 +149,9 @@ def _of_names(reader: Reader) -> Iterator[str]:
         modules = tuple(f"{layer.module}." for layer in reader.layers)
         unknown = [name for name in unknown if not name.startswith(modules)]
     if unknown:
-        yield f"{_count(unknown, 'tensor')} among the experts that no record explains: " + _few(
-            unknown
-        )
+        yield f"tensors among the experts that no record explains: {_few(unknown)}"
     if lost:
-        yield f"{_count(lost, 'scale')} of no quantised tensor: {_few(lost)}"
+        yield f"scales of no quantised tensor: {_few(lost)}"
 
 
 def _of_scales(scales: Sequence[ScaleStatistics]) -> Iterator[str]:
@@ -165,16 +162,21 @@ def _of_scales(scales: Sequence[ScaleStatistics]) -> Iterator[str]:
         if count:
             bad = [s for s in scales if s.num_not_positive or s.num_not_finite]
             plural = "scale is" if count == 1 else "scales are"
-            yield f"{count} {plural} {what}, in layer {runs(s.layer for s in bad)}"
+            yield f"{count:,} {plural} {what}, in {_where(s.layer for s in bad)}"
     # One power of two for a whole matrix may well be the same for every expert by chance.
     constant = [s for s in scales if s.is_constant and not (s.is_pow2 and s.least == s.largest)]
     if constant:
         roles = ", ".join(dict.fromkeys(s.role for s in constant))
-        numbers = runs(s.layer for s in constant)
+        where = _where(s.layer for s in constant)
         yield (
-            f"all experts have the same scales of {roles} in layer {numbers}: shared, or averaged, "
+            f"all experts have the same scales of {roles} in {where}: shared, or averaged, "
             "which is wrong; octomoe verify --against SRC tells"
         )
+
+
+def _where(numbers: Iterable[int]) -> str:
+    ordered = sorted(set(numbers))
+    return f"layer{'s' if len(ordered) > 1 else ''} {runs(ordered)}"
 
 
 def _quantized(reader: Reader, layer: ExpertLayer) -> bool:
@@ -188,10 +190,6 @@ def _dtypes(reader: Reader, layer: ExpertLayer) -> dict[str, set[str]]:
         part.role: {tensors[layer.tensor(part.role, e)].dtype for e in range(layer.num_experts)}
         for part in layer.layout.parts
     }
-
-
-def _count(names: Sequence[str], one: str, many: str = "") -> str:
-    return f"{len(names)} {one if len(names) == 1 else many or one + 's'}"
 
 
 def _few(names: Sequence[str]) -> str:

@@ -16,13 +16,14 @@ from octomoe.checkpoint.header import Planned
 from octomoe.checkpoint.jobs import Group
 from octomoe.checkpoint.linear_jobs import copy_group, dequantize_group, linear_group
 from octomoe.checkpoint.linears import find_linears, is_linear, module_of
-from octomoe.checkpoint.names import ExpertLayer
+from octomoe.checkpoint.names import ExpertLayer, Role
 from octomoe.checkpoint.neuron import rename
 from octomoe.checkpoint.options import ExpertScale, Options, with_expert_scale
 from octomoe.checkpoint.reader import Reader
 from octomoe.checkpoint.schemes import Arrangement, quantization_config, read_scheme
 from octomoe.checkpoint.split_experts import SplitExperts
 from octomoe.errors import refusal
+from octomoe.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,13 @@ class _Builder:
             self.copied.append(each)
 
     def _add_linear(self, name: str) -> None:
+        self.reader.check_dtype(name)
         self.groups.append(linear_group(self.reader, name, self._rename(name), self.options))
 
     def _jobs(self, layer: ExpertLayer, dtype: torch.dtype | None) -> ExpertJobs:
+        for part in layer.layout.parts:
+            for expert in range(layer.num_experts if part.is_per_expert else 1):
+                self.reader.check_dtype(layer.tensor(part.role, expert))
         is_split = self.target.arrangement == Arrangement.SPLIT
         # Plain experts keep their own names where no fused reader asks for more.
         is_split |= dtype is not None and self.target.arrangement == Arrangement.FUSED
@@ -250,18 +255,27 @@ def check_input_scales(reader: Reader, options: Options) -> None:
     """Refuse static scales that are missing or not positive and finite."""
     if not options.input_scales:
         return
+    roles = (Role.GATE, Role.UP, Role.DOWN) if reader.family.gated else (Role.UP, Role.DOWN)
     for layer in reader.layers:
         if layer.is_mtp:
             continue
         stated = options.input_scales.get(layer.layer, {})
-        for role, scales in stated.items():
-            if len(scales) != layer.num_experts or not all(0 < s < float("inf") for s in scales):
-                got = f"of layer {layer.layer}, {role} are {len(scales)} numbers"
-                needs = f"{layer.num_experts} positive finite ones"
-                raise ValueError(refusal("convert_checkpoint", "input_scales", got, needs))
         if not stated:
             got = f"lack layer {layer.layer}"
             raise ValueError(refusal("convert_checkpoint", "input_scales", got, "every layer"))
+        for role in roles:
+            if role not in stated:
+                got = f"lack {role} of layer {layer.layer}"
+                needs = "every projection"
+                raise ValueError(refusal("convert_checkpoint", "input_scales", got, needs))
+            scales = stated[role]
+            # As they are stored.
+            stored = torch.tensor(scales, dtype=torch.float64).to(torch.float32)
+            is_usable = bool(((stored > 0) & stored.isfinite()).all())
+            if len(scales) != layer.num_experts or not is_usable:
+                got = f"of layer {layer.layer}, {role} are {len(scales)} numbers"
+                needs = f"{layer.num_experts} positive finite ones"
+                raise ValueError(refusal("convert_checkpoint", "input_scales", got, needs))
 
 
 def _into_shards(groups: Sequence[Group], limit: int) -> tuple[Shard, ...]:
@@ -289,7 +303,9 @@ def _digest(reader: Reader, options: Options, config: dict[str, Any]) -> str:
     entries = [
         (e.name, e.dtype, e.shape, e.file, e.start) for e in reader.checkpoint.tensors.values()
     ]
-    text = json.dumps([stated, config, entries], sort_keys=True, default=str)
+    # Another version, or another record of the family, may make other bytes.
+    means = [VERSION, asdict(reader.family), asdict(reader.scheme)]
+    text = json.dumps([stated, means, config, entries], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

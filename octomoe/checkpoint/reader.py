@@ -136,6 +136,18 @@ class Reader:
         """Whether a tensor is stored in 8 bits or less, with a scale."""
         return name in self.scales
 
+    def check_dtype(self, name: str) -> None:
+        """Refuse a weight that is stored as no number to compute with.
+
+        Raises:
+            ValueError: it is.
+        """
+        dtype = self.checkpoint.tensors[name].dtype
+        if name not in self.scales and dtype not in _FLOATS:
+            got = f"has tensor {name!r} of dtype {dtype}"
+            needs = "BF16, F16, F32, or FP8 with a scale"
+            raise ValueError(refusal("checkpoint", self.checkpoint.path, got, needs))
+
     def weight(self, name: str, index: int | None = None) -> Weight:
         """A weight, or one expert of a stacked one, with its axes as stored.
 
@@ -144,10 +156,7 @@ class Reader:
         """
         entry = self.checkpoint.tensors[name]
         if name not in self.scales:
-            if entry.dtype not in _FLOATS:
-                got = f"has tensor {name!r} of dtype {entry.dtype}"
-                needs = "BF16, F16, F32, or FP8 with a scale"
-                raise ValueError(refusal("checkpoint", self.checkpoint.path, got, needs))
+            self.check_dtype(name)
             return self.checkpoint.read(name, index)
         scale = self._scale(name, index)
         if name in self._packed:
@@ -231,6 +240,7 @@ class Reader:
             raise NotImplementedError(
                 refusal("checkpoint", self.checkpoint.path, got, "one tensor per expert")
             )
+        self.check_dtype(name)
         return self.checkpoint.read_rows(name, expert, layer.num_experts)
 
     def _bias(self, layer: ExpertLayer, part: Part, expert: int) -> Tensor | None:

@@ -69,14 +69,14 @@ TARGETS: Final = {
     target.name: target
     for target in (
         Target("hf-fp8-block", FP8_BLOCK128, FP8_GROUP128, scale=".weight_scale_inv"),
-        # [1, 1]: Transformers merges experts along an axis that a scalar does not have.
+        # [1, 1]: Transformers merges experts along an axis that a scalar does not have. No static
+        # activation scales: it does not merge those of experts, and computes with fresh memory.
         Target(
             "hf-fp8-tensor",
             FP8_TENSOR,
             FP8_TENSOR,
             scale=".weight_scale_inv",
             scale_shape=(1, 1),
-            input_scale=".activation_scale",
             shares_gate_up=True,
         ),
         Target("ct-channel", FP8_CHANNEL, FP8_TOKEN),
@@ -265,6 +265,10 @@ def _fp8_scheme(stated: Mapping[str, Any], method: str) -> Scheme:
 
 def _compressed_tensors_scheme(stated: Mapping[str, Any]) -> Scheme:
     groups = list(stated.get("config_groups", {}).values())
+    for group in groups:
+        if not (isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)):
+            needs = "groups that say how their weights are quantised"
+            raise NotImplementedError(_refuse("config_groups", f"hold {group!r}", needs))
     found = {_compressed_tensors_weights(group["weights"]) for group in groups}
     if len(found) != 1:
         got = f"hold {len(found)} different weight formats"

@@ -7,6 +7,7 @@ an error and no crash, and memory holds what is in work. Pickle files are never 
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -20,6 +21,8 @@ from octomoe.errors import refusal
 
 INDEX: Final = "model.safetensors.index.json"
 _MAX_JSON_BYTES: Final = 512 << 20
+# The name of one file of several.
+_SHARD: Final = re.compile(r"-\d+-of-0*([2-9]|1\d+)[^/]*\.safetensors$")
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -242,13 +245,14 @@ def _shards(path: str, names: list[str], index: Any) -> list[str]:
             got = f"lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:5])}"
             raise FileNotFoundError(_refuse(path, got, "all", "download it again"))
         return sorted(files)
-    found = [name for name in names if name.endswith(".safetensors")]
+    # A hidden file is unfinished, or what some systems keep beside a file.
+    found = [n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
     if "model.safetensors" in found:
         return ["model.safetensors"]
-    if len(found) == 1:
+    if len(found) == 1 and not _SHARD.search(found[0]):
         return found
     if found:
-        got = f"holds {len(found)} .safetensors files and no {INDEX}"
+        got = f"holds {len(found)} .safetensors files, e.g. {found[0]}, and no {INDEX}"
         raise FileNotFoundError(_refuse(path, got, "the index, or one file"))
     pickles = [name for name in names if name.endswith(_PICKLES)]
     got = f"holds {pickles[0]}" if pickles else "holds no .safetensors file"

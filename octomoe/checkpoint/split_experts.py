@@ -47,12 +47,17 @@ class SplitExperts(ExpertJobs):
                 write(f"{name}.weight", weight.q.data)
                 write(name + target.scale, scale_bytes(made.scales[role]))
                 if self.options.input_scales:
-                    scale = self.options.input_scales[self.layer.layer][role][expert]
-                    write(name + target.input_scale, torch.tensor(scale, dtype=torch.float32))
+                    scale = torch.tensor(self._input_scale(role, expert), dtype=torch.float32)
+                    write(name + target.input_scale, scale)
             else:
                 write(f"{name}.weight", weight)
             if role in made.biases:
                 write(f"{name}.bias", made.biases[role])
+
+    def _input_scale(self, role: Role, expert: int) -> float:
+        """The larger of gate's and up's for both: they read the same input, vLLM wants one."""
+        scales = self.options.input_scales[self.layer.layer]
+        return max(scales[r][expert] for r in (self.roles[:-1] if role != Role.DOWN else (role,)))
 
     def _name(self, role: Role, expert: int) -> str:
         """The tensor's name without ``.weight``."""

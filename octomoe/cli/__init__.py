@@ -5,12 +5,17 @@ from typing import Annotated
 
 import typer
 
+from octomoe.cli.convert import convert
 from octomoe.cli.demo import demo
 from octomoe.cli.doctor import doctor
+from octomoe.cli.eval import evaluate
+from octomoe.cli.inspect import inspect
+from octomoe.cli.verify import verify
 from octomoe.version import VERSION
 
 app = typer.Typer(
-    help="FP8 mixture-of-experts: what quantised experts cost, and what this machine can run.",
+    help="FP8 mixture-of-experts: convert checkpoints to it, verify and inspect them, see what "
+    "quantised experts cost, and what this machine can run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +41,10 @@ def _options(
 
 
 app.command()(demo)
+app.command()(convert)
+app.command()(verify)
+app.command()(inspect)
+app.command("eval")(evaluate)
 app.command()(doctor)
 
 

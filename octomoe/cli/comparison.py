@@ -35,7 +35,7 @@ def plain_json(value: object) -> object:
     """The same value for JSON, which has no NaN and no infinities: they become null."""
     if isinstance(value, dict):
         return {key: plain_json(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain_json(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 

@@ -143,7 +143,17 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``data * scale``, computed in float32 and rounded once to `dtype`."""
         scale = expand_scale(self.compact_scale, self.format, tuple(self.data.shape))
-        return (self.data.to(torch.float32) * scale).to(dtype)
+        return (decode(self.data) * scale).to(dtype)
+
+
+def decode(data: Tensor) -> Tensor:
+    """The numbers that 8-bit floats stand for, as float32."""
+    if data.device.type != "cpu" or torch.compiler.is_compiling():
+        return data.to(torch.float32)
+    # A table of all bytes: torch's own cast takes five times as long on a CPU.
+    table = torch.arange(256, dtype=torch.uint8).view(data.dtype).to(torch.float32)
+    codes = data.contiguous().view(torch.uint8).to(torch.int32)
+    return table.index_select(0, codes.view(-1)).view(data.shape)
 
 
 def packed_scale_shape(

@@ -33,7 +33,9 @@ _FAR_DB: Final = 12.0
 _OFF_SCALE, _UNCHANGED = "#b81f44", "#9aa3af"
 # More experts than this (over all layers) are drawn as one line per layer.
 _MAX_DETAILED: Final = 400
-_MAX_PROBLEMS: Final = 200
+# Problems in view, and those that are a click away.
+_IN_VIEW: Final = 20
+_LISTED: Final = 2000
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,9 @@ def _render(report: ConversionReport) -> str:
         style=Markup(environment.from_string(rules).render(colours=colours)),
         name=PurePath(report.destination).name or report.destination,
         report=report,
-        problems=list(report.problems)[:_MAX_PROBLEMS],
+        first_problems=report.problems[:_IN_VIEW],
+        more_problems=report.problems[_IN_VIEW:_LISTED],
+        num_hidden=max(len(report.problems) - _LISTED, 0),
         sqnr=Markup(plot_sqnr(report.projections)),
         spread=Markup(plot_scale_spread(report.projections)),
         rows=[_row(p) for p in report.projections],

@@ -1,12 +1,7 @@
-"""AWS Neuron: a model's state dict in the names and layout of NxD Inference, experts in 8 bits.
+"""AWS Neuron: a state dict in NxD Inference's names and layout, with its experts in 8 bits.
 
-    convert_state_dict(state_dict, config)   what `octomoe convert --target neuron` writes, in memory
-    quantization_passes(config)              how NxD's `convert` is to be called for it
-    check_expert_parallel(...)               refuses what NxD cannot run, before a compilation
-
-NxD Inference hands every checkpoint it loads to `convert_hf_to_neuron_state_dict`; a subclass that
-overrides it is all that is needed, for any source: unquantised, one of OctoMoE's targets, or
-Neuron's own layout.
+NxD Inference hands every state dict it loads to `convert_hf_to_neuron_state_dict`. To override it
+is all that is needed, for unquantised sources, OctoMoE's targets and Neuron's own layout alike:
 
     class OctoQwen3Moe(NeuronQwen3MoeForCausalLM):
         @staticmethod
@@ -24,10 +19,10 @@ import torch
 from torch import Tensor
 
 from octomoe.checkpoint.families import load_families, text_configs
-from octomoe.checkpoint.header import DTYPE_NAMES, Entry, Planned
+from octomoe.checkpoint.header import DTYPE_NAMES, TORCH_DTYPES, Entry
 from octomoe.checkpoint.names import Family, find_family, matches
-from octomoe.checkpoint.neuron import LAYOUT, neuron_config, neuron_family
-from octomoe.checkpoint.options import ExpertScale, Options
+from octomoe.checkpoint.neuron import neuron_config, neuron_family
+from octomoe.checkpoint.options import Options, with_expert_scale
 from octomoe.checkpoint.plan import make_plan
 from octomoe.checkpoint.reader import Reader
 from octomoe.checkpoint.schemes import NEURON_TYPES
@@ -44,10 +39,7 @@ def convert_state_dict(
     expert_wise_scale: bool | None = None,
     ep_degree: int = 1,
     tp_degree: int | None = None,
-    weights_scale: str = "auto",
-    all_linears: bool = False,
-    modules_to_not_convert: tuple[str, ...] = (),
-    allow_requantize: bool = False,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Turn a model's state dict into Neuron's names and layout, with its experts in 8 bits.
 
@@ -57,8 +49,7 @@ def convert_state_dict(
 
     Args:
         state_dict: name -> tensor as in Hugging Face's checkpoint, with or without ``model.`` in
-            front: unquantised, or quantised as `config` says. Tensors that pass through are not
-            copied.
+            front: unquantised, or quantised as `config` says.
         config: dict, Transformers' config or NxD Inference's. Its ``moe_intermediate_pad_size`` is
             NxD's: how much of its ``moe_intermediate_size`` is padding.
         expert_wise_scale: whether every expert has its own scales. None: as this model's own config
@@ -67,8 +58,7 @@ def convert_state_dict(
         ep_degree: ranks that share the experts. The result holds all experts, NxD deals them out.
         tp_degree: adds the ``rank_util.rank`` tensors that NxD Inference's models read. None: that
             of ``neuron_config``, if there is one.
-        weights_scale, all_linears, modules_to_not_convert, allow_requantize: as
-            `octomoe.convert_checkpoint` has them.
+        options: of `octomoe.checkpoint.options.Options`: ``weights_scale``, ``all_linears``, ...
 
     Returns:
         Neuron's state dict. `state_dict` itself if the model has no experts.
@@ -82,29 +72,29 @@ def convert_state_dict(
     if family is None:
         return state_dict if isinstance(state_dict, dict) else dict(state_dict)
     is_wise = _is_expert_wise(stated) if expert_wise_scale is None else expert_wise_scale
-    padding = stated.get("moe_intermediate_pad_size") or 0
-    width = stated.get("moe_intermediate_size", 0)
-    if padding:
-        stated["moe_intermediate_size"] = width - padding
-    experts = neuron_family(family).experts[0]
-    if any(matches(name, [f"*{experts}.*"]) for name in state_dict):
-        converted = dict(state_dict)
-        _check_scales(converted, experts, is_wise=is_wise)
-    else:
-        options = Options(
-            target="neuron",
-            expert_scale=ExpertScale.WISE if is_wise else ExpertScale.SHARED,
-            pad_intermediate=width if padding else 1,
-            weights_scale=weights_scale,
-            all_linears=all_linears,
-            modules_to_not_convert=modules_to_not_convert,
-            allow_requantize=allow_requantize,
-        )
-        stated.pop("expert_wise_scale", None)
-        converted = _convert(Reader(StateDict(state_dict, stated)), options)
-    num_experts = converted[next(n for n in converted if matches(n, [f"*{experts}.*"]))].shape[0]
-    _check_degree(ep_degree, num_experts, is_wise=is_wise)
-    return converted | _ranks(stated, tp_degree)
+    if ep_degree > 1 and not is_wise:
+        # NxD deals out the first axis of every tensor of an experts module, the scale's too.
+        needs = "expert-wise scales, which go with their experts"
+        do = "turn expert_wise_scale on, or use expert parallel degree 1"
+        raise ValueError(refusal("convert_state_dict", "ep_degree", f"is {ep_degree}", needs, do))
+    module = neuron_family(family).experts[0]
+    made = {n.rpartition(".")[2]: t for n, t in state_dict.items() if matches(n, [f"{module}.*"])}
+    if made:
+        check_expert_parallel(ep_degree, 1, 1, made["weight"].shape[0], is_decode=False)
+        if "scale" in made and is_wise != (made["scale"].shape[0] == made["weight"].shape[0]):
+            got = f"holds scales of shape {tuple(made['scale'].shape)}"
+            needs = "one per expert" if is_wise else "scales common to all experts"
+            do = f"set expert_wise_scale to {not is_wise}, or convert the source again"
+            raise ValueError(refusal("convert_state_dict", "state_dict", got, needs, do))
+        return {**state_dict, **_ranks(stated, tp_degree)}
+    if padding := stated.get("moe_intermediate_pad_size"):
+        options["pad_intermediate"] = stated["moe_intermediate_size"]
+        stated["moe_intermediate_size"] -= padding
+    stated.pop("expert_wise_scale", None)
+    reader = Reader(StateDict(state_dict, stated))
+    check_expert_parallel(ep_degree, 1, 1, reader.layers[0].num_experts, is_decode=False)
+    made = _convert(reader, with_expert_scale(Options(target="neuron", **options), is_wise))
+    return made | _ranks(stated, tp_degree)
 
 
 def quantization_passes(config: Any) -> list[dict[str, Any]]:
@@ -119,16 +109,15 @@ def quantization_passes(config: Any) -> list[dict[str, Any]]:
             in its ``neuron_config``.
 
     Returns:
-        Of each pass ``quantization_type``, and ``modules_to_not_convert`` or ``include``; NxD
-        takes one of the two, never both.
+        Of each ``quantization_type``, and ``modules_to_not_convert`` or ``include``, never both.
     """
     stated = _as_dict(config)
     kept = list(_setting(stated, "modules_to_not_convert") or ())
     is_wise = _is_expert_wise(stated)
     written = neuron_config(is_wise=is_wise, kept=kept, pad_intermediate=0, has_linears=True)
-    whole = {key: written[key] for key in ("quantization_type", "modules_to_not_convert")}
-    passes: list[dict[str, Any]] = written.get("quantization_passes", [whole])
-    return passes
+    if is_wise:
+        return list(written["quantization_passes"])
+    return [{key: written[key] for key in ("quantization_type", "modules_to_not_convert")}]
 
 
 def check_expert_parallel(
@@ -149,18 +138,17 @@ def check_expert_parallel(
     Raises:
         ValueError: NxD would refuse.
     """
+    function = "check_expert_parallel"
     if num_experts % ep_degree:
-        got = f"is {ep_degree}"
-        raise ValueError(
-            refusal("check_expert_parallel", "ep_degree", got, f"a divisor of {num_experts}")
-        )
+        needs = f"a divisor of {num_experts}"
+        raise ValueError(refusal(function, "ep_degree", f"is {ep_degree}", needs))
     if ep_degree > 1 and is_decode and batch_size * top_k < num_experts:
         least = -(-num_experts // top_k)
         got = f"is {batch_size} with {top_k} of {num_experts} experts per token"
         needs = f"{least} or more in token generation under expert parallel degree {ep_degree}"
         do = f"raise the batch to {least}, or decode with expert parallel degree 1 (tensor parallel"
         do += " experts) and keep the higher degree for prompts"
-        raise ValueError(refusal("check_expert_parallel", "batch_size", got, needs, do))
+        raise ValueError(refusal(function, "batch_size", got, needs, do))
 
 
 class StateDict(Checkpoint):
@@ -191,9 +179,7 @@ class StateDict(Checkpoint):
         tensor = self._tensors[name].detach().cpu()
         if index is None:
             return tensor.contiguous()
-        # Not every 8-bit float can be indexed.
-        as_bytes = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
-        return as_bytes[index].contiguous().view(tensor.dtype)
+        return tensor[index].contiguous()
 
     def read_rows(self, name: str, index: int, parts: int) -> Tensor:
         """One of `parts` equal runs of entries of the first axis."""
@@ -204,62 +190,39 @@ class StateDict(Checkpoint):
         yield 0, self.read(name).reshape(-1).view(torch.uint8)
 
 
-class _Memory:
-    """Takes what jobs write."""
-
-    def __init__(self, planned: list[Planned]) -> None:
-        self._planned = {tensor.name: tensor for tensor in planned}
-        self._dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-        self.tensors: dict[str, Tensor] = {}
-
-    def write(self, name: str, data: Tensor, offset: int = 0) -> None:
-        planned = self._planned[name]
-        raw = data.contiguous().reshape(-1).view(torch.uint8)
-        if raw.numel() != planned.num_bytes:
-            if name not in self.tensors:
-                whole = torch.empty(planned.num_bytes, dtype=torch.uint8)
-                self.tensors[name] = self._shaped(planned, whole)
-            whole = self.tensors[name].reshape(-1).view(torch.uint8)
-            whole[offset : offset + raw.numel()] = raw
-        else:
-            self.tensors[name] = self._shaped(planned, raw)
-
-    def _shaped(self, planned: Planned, raw: Tensor) -> Tensor:
-        return raw.view(self._dtypes[planned.dtype]).view(planned.shape)
-
-
 def _convert(reader: Reader, options: Options) -> dict[str, Tensor]:
     plan = make_plan(reader, options)
-    memory = _Memory([tensor for shard in plan.shards for tensor in shard.tensors])
+    groups = [group for shard in plan.shards for group in shard.groups]
+    planned = [tensor for group in groups for tensor in group.outputs]
+    made = {tensor.name: torch.empty(tensor.num_bytes, dtype=torch.uint8) for tensor in planned}
+
+    def write(name: str, data: Tensor, offset: int = 0) -> None:
+        raw = data.contiguous().reshape(-1).view(torch.uint8)
+        made[name][offset : offset + raw.numel()] = raw
+
     for experts in plan.experts:
         for job in experts.gather_jobs:
-            job.run(memory.write)
+            job.run(write)
         experts.settle()
-    for shard in plan.shards:
-        for group in shard.groups:
-            for job in group.jobs:
-                job.run(memory.write)
-    return memory.tensors
+    for group in groups:
+        for job in group.jobs:
+            job.run(write)
+    return {t.name: made[t.name].view(TORCH_DTYPES[t.dtype]).view(t.shape) for t in planned}
 
 
 def _moe_family(state_dict: StateTensors, config: Mapping[str, Any]) -> Family | None:
     """The record of the model, None if it has no experts."""
     types = {part.get("model_type") for part in (config, *text_configs(config))}
     known = [family for family in load_families() if types.intersection(family.model_types)]
-    patterns = [f"{p}.*" for family in known for p in (*family.experts, f"*{_neuron(family)}")]
-    has_experts = any(matches(name, patterns or ["*.experts.*"]) for name in state_dict)
-    return find_family(config) if has_experts else None
+    modules = [module for family in known for module in family.experts]
+    modules += [family.neuron["experts"] for family in known if family.neuron]
+    patterns = [f"{module}.*" for module in modules or ["*.experts"]]
+    return find_family(config) if any(matches(name, patterns) for name in state_dict) else None
 
 
-def _neuron(family: Family) -> str:
-    return neuron_family(family).experts[0] if family.neuron else family.experts[0]
-
-
-def _is_expert_wise(config: Mapping[str, Any]) -> bool:
-    stated = _setting(config, "expert_wise_scale")
-    if isinstance(stated, bool):
-        return stated
-    return bool(_setting(config, "quantization_type") != NEURON_TYPES[False])
+def _is_expert_wise(config: Mapping[str, Any]) -> Any:
+    own = _setting(config, "expert_wise_scale")
+    return _setting(config, "quantization_type") != NEURON_TYPES[False] if own is None else own
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
@@ -269,39 +232,11 @@ def _setting(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    """A config of whatever class as a new dict; what it holds of other classes too."""
-    if config is None:
-        return {}
+    """A config of whatever class as a new dict, and so the configs in it; {} for None."""
+    inner = ("neuron_config", "quantization_config", "text_config")
     if not isinstance(config, Mapping):
-        config = config.to_dict() if hasattr(config, "to_dict") else vars(config)
-    inner = ("quantization_config", "text_config", "neuron_config")
-    return {
-        key: _as_dict(value) if key in inner and value is not None else value
-        for key, value in config.items()
-    }
-
-
-def _check_scales(tensors: StateTensors, experts: str, *, is_wise: bool) -> None:
-    names = [f"*{experts}.{part.name.removesuffix('weight')}scale" for part in LAYOUT.parts]
-    for name, tensor in tensors.items():
-        if matches(name, names) and (tensor.shape[0] == 1) == is_wise:
-            got = f"holds {name!r} of shape {tuple(tensor.shape)}"
-            needs = "expert-wise scales [E, 1, ...]" if is_wise else "common scales [1, 1, ...]"
-            do = f"set expert_wise_scale to {not is_wise}, or convert the checkpoint again"
-            raise ValueError(refusal("convert_state_dict", "state_dict", got, needs, do))
-
-
-def _check_degree(ep_degree: int, num_experts: int, *, is_wise: bool) -> None:
-    if num_experts % ep_degree:
-        got = f"is {ep_degree}"
-        raise ValueError(
-            refusal("convert_state_dict", "ep_degree", got, f"a divisor of {num_experts}")
-        )
-    if ep_degree > 1 and not is_wise:
-        # NxD deals out the first axis of every tensor of an experts module, the scale's too.
-        do = "turn expert_wise_scale on, or use expert parallel degree 1"
-        needs = "expert-wise scales, one of which goes with each expert"
-        raise ValueError(refusal("convert_state_dict", "ep_degree", f"is {ep_degree}", needs, do))
+        config = config.to_dict() if hasattr(config, "to_dict") else vars(config) if config else {}
+    return {k: _as_dict(v) if k in inner else v for k, v in config.items()}
 
 
 def _ranks(config: Mapping[str, Any], tp_degree: int | None) -> dict[str, Tensor]:

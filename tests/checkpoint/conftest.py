@@ -359,3 +359,63 @@ def _sizes_of(config_class: type) -> dict[str, Any]:
         # That of dense layers, unless it is the experts' own.
         values["intermediate_size"] = 80 if "moe_intermediate_size" in names else WIDTH
     return values
+
+
+# ---- checkpoints with changes of one's own, for conversions ----
+
+
+@pytest.fixture(scope="session")
+def make_qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A new folder of a qwen3_moe in bf16 with random weights.
+
+    `make(change, num_shards=1, config={}, layers=, experts=, hidden=, width=)`: `change` may alter
+    the dict of tensors. Later experts have larger weights.
+    """
+
+    def make(
+        change: Callable[[dict[str, Tensor]], Any] = lambda tensors: None,
+        *,
+        num_shards: int = 1,
+        config: dict[str, Any] | None = None,
+        layers: int = LAYERS,
+        experts: int = NUM_EXPERTS,
+        hidden: int = HIDDEN,
+        width: int = WIDTH,
+    ) -> Path:
+        generator, tensors = torch.Generator().manual_seed(0), {}
+
+        def add(name: str, rows: int, columns: int, std: float) -> None:
+            weight = std * torch.randn(rows, columns, generator=generator)
+            tensors[f"model.{name}.weight"] = weight.to(torch.bfloat16)
+
+        add("embed_tokens", 64, hidden, 1.0)
+        for layer in range(layers):
+            add(f"layers.{layer}.self_attn.q_proj", hidden, hidden, 0.05)
+            add(f"layers.{layer}.mlp.gate", experts, hidden, 0.05)
+            for expert in range(experts):
+                module, std = f"layers.{layer}.mlp.experts.{expert}", 0.02 * 2 ** (expert % 4)
+                add(f"{module}.gate_proj", width, hidden, std)
+                add(f"{module}.up_proj", width, hidden, std)
+                add(f"{module}.down_proj", hidden, width, std)
+        tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        change(tensors)
+        folder = tmp_path_factory.mktemp("qwen")
+        stated = {"model_type": "qwen3_moe", "num_hidden_layers": layers, "num_experts": experts}
+        stated |= {"hidden_size": hidden, "moe_intermediate_size": width, "dtype": "bfloat16"}
+        (folder / "config.json").write_text(json.dumps(stated | (config or {})))
+        (folder / "tokenizer.json").write_text("{}")
+        names = sorted(tensors)
+        if num_shards == 1:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            return folder
+        weight_map = {}
+        for number in range(num_shards):
+            file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+            held = names[number::num_shards]
+            save_file({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(held, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return make

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octomoe.cli.demo import read_batches
+from octomoe.cli.text import read_batches
 from octomoe.evaluate.compare import measure_baseline
 from octomoe.evaluate.run import run_scheme
 from octomoe.evaluate.schemes import SCHEMES
