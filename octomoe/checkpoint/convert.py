@@ -5,10 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from octomoe.checkpoint.destination import Destination, check_apart, is_complete, ranks, tidy
+from octomoe.checkpoint.destination import (
+    Destination,
+    check_apart,
+    check_destination,
+    is_complete,
+    ranks,
+    tidy,
+)
 from octomoe.checkpoint.jobs import Outcome
 from octomoe.checkpoint.names import Role
-from octomoe.checkpoint.neuron import neuron_config
+from octomoe.checkpoint.neuron import experts_module, neuron_config
 from octomoe.checkpoint.options import ExpertScale, Options
 from octomoe.checkpoint.plan import Plan, make_plan
 from octomoe.checkpoint.reader import Reader
@@ -70,7 +77,7 @@ def convert_checkpoint(
     keep: Sequence[str] = (),
     include: Sequence[str] = (),
     modules_to_not_convert: Sequence[str] = (),
-    expert_scale: str = "wise",
+    expert_scale: str = "auto",
     input_scales: Mapping[int, Mapping[str, Sequence[float]]] | None = None,
     allow_requantize: bool = False,
     pad_intermediate: int = 1,
@@ -101,7 +108,8 @@ def convert_checkpoint(
         keep: glob patterns of modules to leave as they are.
         include: if given, glob patterns of the only modules to quantise.
         modules_to_not_convert: substrings of names of modules to leave as they are.
-        expert_scale: ``"wise"``: each expert's own; ``"shared"``: the largest, requantised with;
+        expert_scale: ``"auto"``: what ``expert_wise_scale`` in the model's config.json says, else
+            ``"wise"``: each expert's own; ``"shared"``: the largest, requantised with;
             ``"averaged-legacy"``: own bytes under averaged scales, which is wrong.
         input_scales: static activation scales: layer number -> role ("gate", "up", "down") -> one
             per expert, as `octomoe.evaluate.calibrate` measures them.
@@ -124,8 +132,10 @@ def convert_checkpoint(
         FileExistsError: `dst` is not empty.
         OSError: something cannot be read or written.
     """
-    path = Path(dst)
+    path, (rank, world_size) = Path(dst), ranks()
     check_apart(str(src), path)
+    if rank == 0:
+        check_destination(path, resume=resume)
     options = Options(
         target=target,
         weights=weights,
@@ -147,7 +157,6 @@ def convert_checkpoint(
     conversion = _describe(reader, plan)
     if dry_run:
         return conversion
-    rank, world_size = ranks()
     if resume and is_complete(path, plan.digest):
         tidy(path)
     else:
@@ -233,14 +242,18 @@ def _side_files(reader: Reader, plan: Plan) -> dict[str, object]:
         return {MODELOPT_CONFIG: modelopt_config(plan.ignored)}
     if options.target != "neuron":
         return {}
-    width = max((layer.intermediate_size for layer in reader.layers), default=0)
-    padded = -(-width // options.pad_intermediate) * options.pad_intermediate
+    quantized = [experts.layer for experts in plan.experts]
+    modules = [experts_module(reader.family, layer) for layer in quantized]
+    has_all = len(modules) == sum(not layer.is_mtp for layer in reader.layers)
+    globs = ["*expert_mlps.mlp_op*"] if has_all else [f"*{module}*" for module in modules]
+    padded = {(x.width, x.width - x.layer.intermediate_size) for x in plan.experts} or {(0, 0)}
+    width, added = padded.pop()
     return {
         NEURON_CONFIG: neuron_config(
             is_wise=options.expert_scale == ExpertScale.WISE,
             kept=list(plan.ignored),
-            pad_intermediate=padded if padded != width else 0,
-            has_linears=bool(plan.linears),
+            padding=(width, added) if added else None,
+            linears_beside=globs if plan.linears else None,
         )
     }
 

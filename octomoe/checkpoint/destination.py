@@ -74,7 +74,9 @@ class Destination:
 
     def fail(self, error: BaseException) -> None:
         """Tell the process that completes the conversion not to wait."""
-        write_file(self.path / f"{_FAILED}{self._rank}", str(error).encode())
+        # What stopped the conversion may stop this too; the error itself matters more.
+        with suppress(OSError):
+            write_file(self.path / f"{_FAILED}{self._rank}", str(error).encode())
 
     def await_shards(self) -> None:
         """Wait for the shards of other processes.
@@ -127,27 +129,19 @@ class Destination:
         tidy(self.path)
 
     def _prepare(self, *, resume: bool) -> None:
+        check_destination(self.path, resume=resume)
         marker = self.path / _MARKER
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(_refuse(self.path, "is a file", "a folder"))
-        if marker.exists():
-            self._check_marker(marker, resume=resume)
-        elif self.path.exists() and any(f.name != PARTIAL + _MARKER for f in self.path.iterdir()):
-            do = "choose another, or delete it first: nothing is overwritten"
-            raise FileExistsError(_refuse(self.path, "is not empty", "a new or empty folder", do))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._check_space()
-        write_json(marker, {"digest": self.plan.digest})
-
-    def _check_marker(self, marker: Path, *, resume: bool) -> None:
-        if not resume:
-            do = "go on with --resume, or delete it"
-            got = "holds an unfinished conversion"
-            raise FileExistsError(_refuse(self.path, got, "a new or empty folder", do))
-        if json.loads(marker.read_text())["digest"] != self.plan.digest:
+        if marker.exists() and json.loads(marker.read_text())["digest"] != self.plan.digest:
             got = "holds an unfinished conversion of another source or with other options"
             do = "give the same ones, or delete it"
             raise ValueError(_refuse(self.path, got, "the same to resume", do))
+        if not marker.exists() and (self.path / REPORT).exists():
+            got = "holds a finished conversion of another source or with other options"
+            do = "choose another, or delete it first: nothing is overwritten"
+            raise FileExistsError(_refuse(self.path, got, "a new or empty folder", do))
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_space()
+        write_json(marker, {"digest": self.plan.digest})
 
     def _check_space(self) -> None:
         done = sum(
@@ -192,6 +186,31 @@ def tidy(path: Path) -> None:
         if file.name != _MARKER:
             file.unlink(missing_ok=True)
     (path / _MARKER).unlink(missing_ok=True)
+
+
+def check_destination(path: Path, *, resume: bool) -> None:
+    """Refuse a folder that a conversion must not touch.
+
+    Args:
+        path: the folder.
+        resume: whether an unfinished or finished conversion may be there.
+
+    Raises:
+        FileExistsError: it is a file, not empty, or holds an unfinished conversion.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(_refuse(path, "is a file", "a folder"))
+    is_unfinished = (path / _MARKER).exists()
+    if is_unfinished and not resume:
+        do = "go on with --resume, or delete it"
+        got = "holds an unfinished conversion"
+        raise FileExistsError(_refuse(path, got, "a new or empty folder", do))
+    is_ours = is_unfinished or (resume and (path / REPORT).exists())
+    # A marker that was cut short while it was written is nothing.
+    held = [file.name for file in path.iterdir()] if path.exists() else []
+    if not is_ours and any(name != PARTIAL + _MARKER for name in held):
+        do = "choose another, or delete it first: nothing is overwritten"
+        raise FileExistsError(_refuse(path, "is not empty", "a new or empty folder", do))
 
 
 def check_apart(source: str, path: Path) -> None:

@@ -75,6 +75,11 @@ class ExpertJobs(ABC):
             self._common_scales[role] = common.to(scales[0].dtype)
         self._own_scales.clear()
 
+    @property
+    def width(self) -> int:
+        """F as stored."""
+        return self.layer.intermediate_size
+
     def shape(self, role: Role) -> tuple[int, int]:
         """``(out, in)`` of a projection."""
         hidden_size, width = self.layer.hidden_size, self.layer.intermediate_size

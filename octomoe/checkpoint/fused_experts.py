@@ -88,7 +88,7 @@ class FusedExperts(ExpertJobs):
         return self._is_neuron and self.options.expert_scale != ExpertScale.WISE
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         """F as stored."""
         rows = max(self.format.block[1], 1) if self.dtype is None else 1
         multiple = lcm(self.options.pad_intermediate, 1 if self._is_neuron else rows)
@@ -116,8 +116,8 @@ class FusedExperts(ExpertJobs):
     def _shape(self, roles: tuple[Role, ...]) -> tuple[int, int]:
         """Rows and columns of a fused tensor's matrices, not transposed, F padded."""
         if roles == (Role.DOWN,):
-            return self.layer.hidden_size, self._width
-        return len(roles) * self._width, self.layer.hidden_size
+            return self.layer.hidden_size, self.width
+        return len(roles) * self.width, self.layer.hidden_size
 
     def _stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[::-1] if self._is_neuron else shape

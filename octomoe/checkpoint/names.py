@@ -35,6 +35,7 @@ __all__ = [
     "find_layers",
     "load_families",
     "matches",
+    "natural_order",
 ]
 
 
@@ -106,6 +107,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     True
     """
     return any(_compiled(pattern).fullmatch(name) for pattern in patterns)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def find_layers(

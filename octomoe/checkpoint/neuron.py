@@ -51,15 +51,20 @@ def neuron_family(family: Family) -> Family:
 
 
 def neuron_config(
-    *, is_wise: bool, kept: list[str], pad_intermediate: int, has_linears: bool
+    *,
+    is_wise: bool,
+    kept: list[str],
+    padding: tuple[int, int] | None = None,
+    linears_beside: list[str] | None = None,
 ) -> dict[str, Any]:
     """What Neuron's own configuration must state to read the checkpoint.
 
     Args:
         is_wise: whether every expert has its own scales.
         kept: names of modules that are not quantised.
-        pad_intermediate: the experts' padded width, 0 if not padded.
-        has_linears: whether linears outside the experts are quantised, per channel.
+        padding: the experts' padded width, and how much of it is padding; None if not padded.
+        linears_beside: if linears outside the experts are quantised too, per channel: the globs
+            that name the quantised experts modules; else None.
     """
     kept = _as_nxd_matches(kept)
     config: dict[str, Any] = {
@@ -69,17 +74,17 @@ def neuron_config(
         "expert_wise_scale": is_wise,
         "modules_to_not_convert": kept,
     }
-    if has_linears and is_wise:
+    if linears_beside is not None and is_wise:
         # Two passes: everything per channel but the experts, then the experts alone.
         config["quantization_passes"] = [
             {
                 "quantization_type": NEURON_TYPES[False],
                 "modules_to_not_convert": [*kept, "expert_mlps"],
             },
-            {"quantization_type": NEURON_TYPES[True], "include": ["*expert_mlps.mlp_op*"]},
+            {"quantization_type": NEURON_TYPES[True], "include": linears_beside},
         ]
-    if pad_intermediate:
-        config["moe_intermediate_pad_size"] = pad_intermediate
+    if padding is not None:
+        config["moe_intermediate_size"], config["moe_intermediate_pad_size"] = padding
     return config
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from octomoe.errors import refusal
 class ExpertScale(StrEnum):
     """Whose scale an expert's weight is quantised with."""
 
+    AUTO = "auto"  # as the model's config says, else its own
     WISE = "wise"  # its own
     SHARED = "shared"  # the largest over the layer's experts
     AVERAGED_LEGACY = "averaged-legacy"  # its own, and then the mean is stored: a known mistake
@@ -52,7 +54,7 @@ class Options:
     keep: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     modules_to_not_convert: tuple[str, ...] = ()
-    expert_scale: ExpertScale | str = ExpertScale.WISE
+    expert_scale: ExpertScale | str = ExpertScale.AUTO
     input_scales: Mapping[int, Mapping[Role, tuple[float, ...]]] = field(default_factory=dict)
     allow_requantize: bool = False
     pad_intermediate: int = 1
@@ -133,13 +135,32 @@ class Options:
         return bool(self.include) and not any(fnmatchcase(module, p) for p in self.include)
 
 
+def settled(options: Options, config: Mapping[str, Any]) -> Options:
+    """The options with what a model's own config decides.
+
+    Raises:
+        ValueError: its ``expert_wise_scale`` is neither true nor false.
+    """
+    if options.expert_scale != ExpertScale.AUTO:
+        return options
+    inner = config.get("neuron_config")
+    stated = inner.get("expert_wise_scale", True) if isinstance(inner, dict) else True
+    stated = config.get("expert_wise_scale", stated)
+    # It is Neuron's word: other engines have a scale per expert anyway.
+    is_neuron = options.found_target.arrangement == Arrangement.NEURON
+    return with_expert_scale(options, stated if is_neuron else True)
+
+
 def with_expert_scale(options: Options, is_wise: object) -> Options:
-    """The options with what the model's own config says of expert-wise scales."""
+    """The options with ``expert_wise_scale`` as a config states it.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
     if not isinstance(is_wise, bool):
         got = f"is {is_wise!r} in config.json"
         raise ValueError(refusal("convert_checkpoint", "expert_wise_scale", got, "true or false"))
-    scale = ExpertScale.WISE if is_wise else ExpertScale.SHARED
-    return replace(options, expert_scale=scale)
+    return replace(options, expert_scale=ExpertScale.WISE if is_wise else ExpertScale.SHARED)
 
 
 def _fail(argument: str, got: str, needs: str, do: str = "") -> None:

@@ -16,9 +16,9 @@ from octomoe.checkpoint.header import Planned
 from octomoe.checkpoint.jobs import Group
 from octomoe.checkpoint.linear_jobs import copy_group, dequantize_group, linear_group
 from octomoe.checkpoint.linears import find_linears, is_linear, module_of
-from octomoe.checkpoint.names import ExpertLayer, Role
-from octomoe.checkpoint.neuron import rename
-from octomoe.checkpoint.options import ExpertScale, Options, with_expert_scale
+from octomoe.checkpoint.names import ExpertLayer, Role, natural_order
+from octomoe.checkpoint.neuron import experts_module, rename
+from octomoe.checkpoint.options import ExpertScale, Options, settled
 from octomoe.checkpoint.reader import Reader
 from octomoe.checkpoint.schemes import Arrangement, quantization_config, read_scheme
 from octomoe.checkpoint.split_experts import SplitExperts
@@ -83,8 +83,7 @@ def make_plan(reader: Reader, options: Options) -> Plan:
         ValueError: the options do not fit the model, or a lossy double quantisation was not asked
             for.
     """
-    if "expert_wise_scale" in reader.checkpoint.config and options.expert_scale == ExpertScale.WISE:
-        options = with_expert_scale(options, reader.checkpoint.config["expert_wise_scale"])
+    options = settled(options, reader.checkpoint.config)
     check_input_scales(reader, options)
     builder = _Builder(reader, options)
     builder.build()
@@ -99,7 +98,10 @@ def make_plan(reader: Reader, options: Options) -> Plan:
     stated = quantization_config(
         options.found_target, options.format, is_static=is_static, ignored=ignored
     )
+    padded = {x.width for x in builder.experts if x.width != x.layer.intermediate_size}
     if stated:
+        if padded:
+            stated["intermediate_size"] = padded.pop()
         config["quantization_config"] = stated
     shards = _into_shards(builder.groups, options.shard_bytes)
     return Plan(
@@ -126,6 +128,7 @@ class _Builder:
         self.copied: list[str] = []
         # Layers and linear weights that are quantised, for the check of double quantisation.
         self.requantized: list[ExpertLayer] = []
+        self._is_ct = options.target.startswith("ct-")
         self._layer_of = {name: layer for layer in reader.layers for name in layer.names}
         self._dtype = _plain_dtype(reader.checkpoint.config)
         self.linears: list[str] = []
@@ -170,7 +173,7 @@ class _Builder:
                     self._ignore(name)
         if self.reader.checkpoint.config.get("tie_word_embeddings"):
             self.ignored.append("lm_head")
-        self.ignored = sorted(set(self.ignored), key=_natural)
+        self.ignored = sorted(set(self.ignored), key=natural_order)
 
     def _add_layer(self, layer: ExpertLayer) -> None:
         is_quantized_source = self.reader.is_quantized(layer.names[0])
@@ -190,12 +193,14 @@ class _Builder:
             self.groups += self._jobs(layer, self._dtype).groups()
         else:
             self._copy_layer(layer)
-        self._ignore_module(layer.module)
+        self._ignore_layer(layer)
 
     def _copy_layer(self, layer: ExpertLayer) -> None:
         for name in layer.names:
             if name in self.reader.checkpoint.tensors:
                 self._copy(name)
+        for name in self.reader.layer_companions(layer):
+            self._copy(name)
 
     def _copy(self, name: str) -> None:
         """A tensor and what belongs to it."""
@@ -224,14 +229,19 @@ class _Builder:
         return rename(self.reader.family, name)
 
     def _ignore(self, name: str) -> None:
-        if is_linear(name, self.reader.checkpoint.tensors[name].shape):
+        shape = self.reader.checkpoint.tensors[name].shape
+        # compressed-tensors takes every matrix for a linear layer, but those of norms.
+        is_matrix = self._is_ct and name.endswith(".weight") and len(shape) == 2
+        if is_linear(name, shape) or (is_matrix and not module_of(name).endswith("norm")):
             self.ignored.append(module_of(self._rename(name)))
 
-    def _ignore_module(self, module: str) -> None:
-        if self.target.name.startswith("ct-"):
-            self.ignored.append(f"re:^{re.escape(module)}\\..*")
+    def _ignore_layer(self, layer: ExpertLayer) -> None:
+        if self._is_ct:
+            self.ignored.append(f"re:^{re.escape(layer.module)}\\..*")
+        elif self.target.arrangement == Arrangement.NEURON and not layer.is_mtp:
+            self.ignored.append(experts_module(self.reader.family, layer))
         else:
-            self.ignored.append(module)
+            self.ignored.append(layer.module)
 
 
 def check_requantize(reader: Reader, options: Options, layers: Sequence[ExpertLayer]) -> None:
@@ -321,8 +331,3 @@ def _plain_dtype(config: dict[str, Any]) -> torch.dtype:
 
 def _suffix(reader: Reader, name: str) -> str:
     return reader.scales[name].removeprefix(name.removesuffix(".weight"))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that orders layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

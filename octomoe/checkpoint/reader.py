@@ -39,14 +39,6 @@ from octomoe.errors import refusal
 Weight = QTensor | Tensor
 
 _FLOATS: Final = ("BF16", "F16", "F32")
-# What the target `octomoe` writes.
-_FUSED: Final = Layout(
-    "octomoe",
-    (
-        Part(Role.GATE_UP, "w13", "expert out in", bias="w13_bias"),
-        Part(Role.DOWN, "w2", "expert out in", bias="w2_bias"),
-    ),
-)
 # The magnitudes of FP4 E2M1, by code; E4M3 holds each of them exactly.
 _FP4: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -92,13 +84,18 @@ class Reader:
         config, neuron = checkpoint.config, checkpoint.json(NEURON_CONFIG)
         self.scheme: Scheme = read_scheme(config, checkpoint.json(MODELOPT_CONFIG), neuron)
         self.family: Family = find_family(config, family_file)
+        width = None
         if self.scheme.method == "neuron":
             self.family = neuron_family(self.family)
-            if padded := neuron.get("moe_intermediate_pad_size"):
-                config = {**config, "padded": padded}
-                self.family = replace(self.family, intermediate_size=("padded",))
+            width = neuron.get("moe_intermediate_size")
         elif self.scheme.method == "octomoe":
-            self.family = replace(self.family, layouts=(_FUSED, *self.family.layouts))
+            layouts = (_fused_layout(is_gated=self.family.gated), *self.family.layouts)
+            self.family = replace(self.family, layouts=layouts)
+            width = config["quantization_config"].get("intermediate_size")
+        if width is not None:
+            # The experts were padded; config.json states the model's own width.
+            config = {**config, "padded width": width}
+            self.family = replace(self.family, intermediate_size=("padded width",))
         shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
         self.layers: list[ExpertLayer] = find_layers(self.family, config, shapes)
         packed = {
@@ -118,6 +115,8 @@ class Reader:
             self.scales[name] = self._find_scale(name)
         for name in self.scales:
             self.companions.update(self.companions_of(name))
+        for layer in self.layers:
+            self.companions.update(self.layer_companions(layer))
 
     @property
     def bytes_per_weight(self) -> float:
@@ -190,6 +189,8 @@ class Reader:
             stored = self._stored_expert(layer, part, name, expert)
             bias = self._bias(layer, part, expert)
             scale = self._input_scale(name, expert, is_stacked=not part.is_per_expert)
+            if scale is None:
+                scale = self._layer_input_scale(layer, part.role, expert)
             roles = (Role.GATE, Role.UP) if part.role == Role.GATE_UP else (part.role,)
             for role in roles:
                 half = None if part.role == role else role
@@ -222,6 +223,17 @@ class Reader:
         if name not in self.scales:
             return []
         return [self.scales[name], *self._input_scale_names(name)]
+
+    def layer_companions(self, layer: ExpertLayer) -> list[str]:
+        """Tensors that hold static input scales of all experts of a layer."""
+        names = layer_scale_names(layer, is_gated=self.family.gated)
+        return [name for name in names if name in self.checkpoint.tensors]
+
+    def _layer_input_scale(self, layer: ExpertLayer, role: Role, expert: int) -> Tensor | None:
+        name = layer_scale_names(layer, is_gated=self.family.gated)[role == Role.DOWN]
+        if name not in self.checkpoint.tensors:
+            return None
+        return self.checkpoint.read(name).to(torch.float32)[expert]
 
     def _stored_expert(self, layer: ExpertLayer, part: Part, name: str, expert: int) -> Weight:
         """``[out, in]`` of one part."""
@@ -322,6 +334,25 @@ def _bias_half(bias: Tensor, part: Part, role: Role) -> Tensor:
     half = split_half(bias, part, role)
     assert isinstance(half, Tensor)
     return half
+
+
+def _fused_layout(*, is_gated: bool) -> Layout:
+    """What the target `octomoe` writes."""
+    up = Role.GATE_UP if is_gated else Role.UP
+    return Layout(
+        "octomoe",
+        (
+            Part(up, "w13", "expert out in", bias="w13_bias"),
+            Part(Role.DOWN, "w2", "expert out in", bias="w2_bias"),
+        ),
+    )
+
+
+def layer_scale_names(layer: ExpertLayer, *, is_gated: bool) -> tuple[str, str]:
+    """Where Transformers has the static input scales of a layer's experts: up, and down."""
+    up = "gate_up_proj" if is_gated else "up_proj"
+    base = f"{layer.module}.{{}}_activation_scale"
+    return base.format(up), base.format("down_proj")
 
 
 def split_half(weight: Weight, part: Part, role: Role) -> Weight:

@@ -49,7 +49,8 @@ class Target:
         arrangement: how experts are stored.
         scale: suffix of a weight scale behind the tensor's name without ``.weight``.
         scale_shape: of a per-tensor scale, where engines differ.
-        input_scale: suffix of a static activation scale, or "" if the target has none.
+        input_scale: suffix of a static activation scale, or "" if the target has none. With a dot
+            it goes behind every expert's tensor, without one behind a layer's fused names.
         needs_input_scale: whether it cannot do without.
         shares_gate_up: whether gate and up of an expert get one scale (engines would requantise).
     """
@@ -69,14 +70,15 @@ TARGETS: Final = {
     target.name: target
     for target in (
         Target("hf-fp8-block", FP8_BLOCK128, FP8_GROUP128, scale=".weight_scale_inv"),
-        # [1, 1]: Transformers merges experts along an axis that a scalar does not have. No static
-        # activation scales: it does not merge those of experts, and computes with fresh memory.
+        # [1, 1]: Transformers merges experts along an axis that a scalar does not have. It does not
+        # merge their activation scales at all, so those are stored merged, [E] for a layer.
         Target(
             "hf-fp8-tensor",
             FP8_TENSOR,
             FP8_TENSOR,
             scale=".weight_scale_inv",
             scale_shape=(1, 1),
+            input_scale="_activation_scale",
             shares_gate_up=True,
         ),
         Target("ct-channel", FP8_CHANNEL, FP8_TOKEN),
@@ -215,7 +217,20 @@ def read_scheme(
 
     Raises:
         NotImplementedError: a method, or an option of one, that is not read.
+        ValueError: the config lacks what its method needs.
     """
+    try:
+        return _read_scheme(config, modelopt, neuron)
+    except (KeyError, TypeError, AttributeError) as error:
+        got = f"cannot be understood ({type(error).__name__}: {error})"
+        raise ValueError(_refuse("config.json or its companions", got, "all its fields")) from error
+
+
+def _read_scheme(
+    config: Mapping[str, Any],
+    modelopt: Mapping[str, Any] | None,
+    neuron: Mapping[str, Any] | None,
+) -> Scheme:
     if neuron is not None and neuron.get("quantized"):
         return _neuron_scheme(neuron)
     stated = config.get("quantization_config") or config.get("compression_config")

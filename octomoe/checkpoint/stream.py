@@ -117,8 +117,8 @@ class _OpenShard:
 
     def finish(self) -> None:
         self._destination.record(self._shard, self._outcome)
-        self._writer.finish()
         self._is_open = False
+        self._writer.finish()
 
     def close(self) -> None:
         if self._is_open:

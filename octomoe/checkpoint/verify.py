@@ -10,10 +10,11 @@ import torch
 
 from octomoe.checkpoint.ignored import IgnoreList
 from octomoe.checkpoint.linears import module_of, plain_linears
-from octomoe.checkpoint.names import ExpertLayer, Role
+from octomoe.checkpoint.names import ExpertLayer, Role, natural_order
 from octomoe.checkpoint.neuron import rename
 from octomoe.checkpoint.noise import WeightCheck, check_weight
 from octomoe.checkpoint.reader import Expert, Reader
+from octomoe.checkpoint.schemes import MODELOPT_CONFIG, NEURON_CONFIG, NEURON_TYPES
 from octomoe.checkpoint.source import Checkpoint
 from octomoe.checkpoint.stream import default_workers, run_all
 
@@ -150,6 +151,8 @@ class _Check:
         if extra:
             self._problems.append(f"{len(extra)} tensors have no source, e.g. {extra[0]}")
         self._check_ignored()
+        self._check_static()
+        self._check_side_config()
         quality = []
         for theirs, _ in self._layers:
             for role in Role:
@@ -167,7 +170,7 @@ class _Check:
                         )
                     )
         return Verification(
-            sorted(self._problems),
+            sorted(self._problems, key=natural_order),
             len(tensors),
             self._num_identical,
             self._num_quantized,
@@ -254,6 +257,39 @@ class _Check:
             each in made.tensors and torch.equal(made.read(each), source.read(each))
             for each in scales
         )
+
+    def _check_static(self) -> None:
+        """What config.json says of input scales against those that are stored."""
+        covered = {n for x in self.made.layers if self.made.layer_companions(x) for n in x.names}
+        own = {n for n in self.made.scales if len(self.made.companions_of(n)) > 1}
+        lacking = [n for n in self.made.scales if n not in own | covered]
+        num_stored = len(self.made.scales) - len(lacking)
+        if self.made.scheme.is_static:
+            self._problems += [
+                f"config.json says activations are static, but {module_of(name)} has no input scale"
+                for name in lacking
+            ]
+        elif num_stored:
+            got = f"but {num_stored} input scales are stored"
+            self._problems.append(f"config.json says activations are dynamic, {got}")
+
+    def _check_side_config(self) -> None:
+        """What an engine's own configuration says against config.json and the scales."""
+        checkpoint, scheme = self.made.checkpoint, self.made.scheme
+        if scheme.method == "modelopt" and (stated := checkpoint.json(MODELOPT_CONFIG)):
+            theirs = stated.get("quantization") or {}
+            algorithm = (checkpoint.config.get("quantization_config") or theirs).get("quant_algo")
+            names = sorted(theirs.get("exclude_modules") or ())
+            if theirs.get("quant_algo") != algorithm or names != sorted(scheme.ignored):
+                self._problems.append(f"{MODELOPT_CONFIG} and config.json disagree")
+        if scheme.method == "neuron":
+            kind = checkpoint.json(NEURON_CONFIG)["quantization_type"]
+            for layer in self.made.layers:
+                scale = checkpoint.tensors.get(self.made.scales.get(layer.names[0], ""))
+                is_one = scale is not None and scale.shape[0] == 1 < layer.num_experts
+                if scale is not None and kind != NEURON_TYPES[not is_one]:
+                    got = f"{scale.name} has shape {list(scale.shape)}"
+                    self._problems.append(f"{NEURON_CONFIG} says {kind}, but {got}")
 
     def _check_ignored(self) -> None:
         """The ignore list against the real names."""

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from octomoe.checkpoint.convert import Conversion, convert_checkpoint
-from octomoe.checkpoint.destination import ranks
+from octomoe.checkpoint.destination import check_destination, ranks
 from octomoe.checkpoint.options import ExpertScale, Options
 from octomoe.checkpoint.schemes import TARGETS
 from octomoe.checkpoint.source import Checkpoint
@@ -99,8 +99,8 @@ def convert(
     expert_scale: Annotated[
         str | None,
         typer.Option(
-            help="wise: each expert its own (default); shared: the largest for all; "
-            "averaged-legacy: a known mistake.",
+            help="wise: each expert its own (default, unless the model's config says otherwise); "
+            "shared: the largest for all; averaged-legacy: a known mistake.",
             rich_help_panel="How",
         ),
     ] = None,
@@ -178,6 +178,8 @@ def convert(
     }
     if scale == ExpertScale.AVERAGED_LEGACY:
         console.print(_AVERAGED, style="bold red")
+    if ranks()[0] == 0:
+        check_destination(dst, resume=resume)
     if calibrate is not None:
         # What the options alone forbid is refused before the model is loaded.
         Options(**asked, input_scales={0: {}})
@@ -246,7 +248,7 @@ def _expert_scale(stated: str | None, *, is_wise: bool) -> str:
     if is_wise and stated not in (None, ExpertScale.WISE):
         needs = "one of the two, as --expert-wise-scale means wise"
         raise ValueError(refusal("convert", "--expert-scale", f"is {stated!r}", needs))
-    return stated or ExpertScale.WISE
+    return ExpertScale.WISE if is_wise else stated or ExpertScale.AUTO
 
 
 def _check(report: Path | None, *, verify: bool, device: str) -> None:

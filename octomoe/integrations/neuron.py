@@ -114,7 +114,7 @@ def quantization_passes(config: Any) -> list[dict[str, Any]]:
     stated = _as_dict(config)
     kept = list(_setting(stated, "modules_to_not_convert") or ())
     is_wise = _is_expert_wise(stated)
-    written = neuron_config(is_wise=is_wise, kept=kept, pad_intermediate=0, has_linears=True)
+    written = neuron_config(is_wise=is_wise, kept=kept, linears_beside=["*expert_mlps.mlp_op*"])
     if is_wise:
         return list(written["quantization_passes"])
     return [{key: written[key] for key in ("quantization_type", "modules_to_not_convert")}]

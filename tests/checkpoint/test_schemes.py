@@ -187,7 +187,7 @@ def test_what_a_target_writes_is_read_back(name: str, more: dict[str, Any]):
         assert scheme.activations == target.activations
 
 
-@pytest.mark.parametrize("name", ["ct-tensor", "modelopt-fp8"])
+@pytest.mark.parametrize("name", ["ct-tensor", "hf-fp8-tensor", "modelopt-fp8"])
 def test_static_scales_are_said_and_read_back(name: str):
     target = TARGETS[name]
     stated = quantization_config(target, target.weights, is_static=True, ignored=IGNORED)
@@ -205,7 +205,7 @@ def test_modelopts_own_file_is_read_without_a_config():
 @pytest.mark.parametrize("is_wise", [True, False])
 def test_neurons_own_file_is_read_back(is_wise: bool):
     kept = ["lm_head", "layers.1.mlp"]
-    stated = neuron_config(is_wise=is_wise, kept=kept, pad_intermediate=0, has_linears=False)
+    stated = neuron_config(is_wise=is_wise, kept=kept)
     scheme = read_scheme({"quantization_config": {"quant_method": "fp8"}}, neuron=stated)
     weights = FP8_CHANNEL.derive(element=E4M3_240)
     assert scheme == Scheme("neuron", weights, None, False, ("lm_head", "layers.1.mlp"))
@@ -270,7 +270,7 @@ def test_what_each_engine_looks_for():
     facts = {name: (t.scale, t.scale_shape, t.input_scale) for name, t in TARGETS.items()}
     assert facts == {
         "hf-fp8-block": (".weight_scale_inv", None, ""),
-        "hf-fp8-tensor": (".weight_scale_inv", (1, 1), ""),
+        "hf-fp8-tensor": (".weight_scale_inv", (1, 1), "_activation_scale"),
         "ct-channel": (".weight_scale", None, ""),
         "ct-tensor": (".weight_scale", (1,), ".input_scale"),
         "ct-block": (".weight_scale", None, ""),
@@ -348,10 +348,3 @@ def test_other_neuron_schemes_are_refused(stated: dict[str, Any]):
 def test_an_unknown_target_is_refused():
     with pytest.raises(ValueError, match="target is 'gguf', but needs one of hf-fp8-block, "):
         find_target("gguf")
-
-
-def test_transformers_cannot_take_static_scales_of_experts():
-    scales = {0: {"gate": (1.0,), "up": (1.0,), "down": (1.0,)}}
-    message = "input_scales are given, but needs none: hf-fp8-tensor quantises activations as they"
-    with pytest.raises(ValueError, match=message):
-        Options(target="hf-fp8-tensor", input_scales=scales)  # type: ignore[arg-type]

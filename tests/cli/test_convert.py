@@ -231,7 +231,7 @@ def test_only_the_first_of_several_processes_speaks(octomoe_, tmp_path, monkeypa
         (("--target", "mxfp8", "--weights", "mxfp8"), "weights is 'mxfp8', but needs none"),
         (("--weights-scale", "round"), "weights_scale is 'round', but needs one of auto"),
         (("--search", "best"), "search is 'best', but needs none or mse"),
-        (("--expert-scale", "mean"), "expert_scale is 'mean', but needs one of wise"),
+        (("--expert-scale", "mean"), "expert_scale is 'mean', but needs one of auto"),
         (
             ("--expert-scale", "shared", "--expert-wise-scale"),
             "--expert-scale is 'shared', but needs one of the two",
