@@ -3,28 +3,32 @@
 python benchmarks/convert.py [--folder DIR] [--peer PYTHON] [--layers 2,8] [--repeat 3]
 
 Makes the checkpoints (2.5 GB per 2 layers) in DIR, runs every tool in a process of its own, and
-appends seconds and peak resident memory to benchmarks/results/cpu/convert.jsonl. ``--peer`` is a
-Python that has llm-compressor; without it only ours are measured, and the record says so.
+appends seconds and peak resident memory to benchmarks/results/cpu/convert.jsonl. Seconds are those
+of the whole process; the row ``import torch`` says how many of them only start it. ``--peer`` is
+a Python that has llm-compressor; without it only ours are measured, and the record says so.
+
+Linux counts the memory of a process from before its exec, so this one stays small: torch is
+imported only where the checkpoints are made, in a process of its own.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "convert.jsonl"
 NUM_EXPERTS, HIDDEN, WIDTH = 128, 2048, 768
 # Name, target or scheme, further options.
-OURS = (
+OURS: tuple[tuple[str, list[str]], ...] = (
     ("ct-channel", ["--no-verify"]),
     ("ct-channel", []),
     ("ct-block", ["--no-verify"]),
@@ -70,11 +74,18 @@ def main() -> None:
     parser.add_argument("--layers", default="2,8", help="sizes of the checkpoints")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    records = []
-    for num_layers in map(int, options.layers.split(",")):
-        source = make_checkpoint(options.folder, num_layers)
+    records = [measure(options, "python", "import torch", [sys.executable, "-c", "import torch"])]
+    first_size, *_ = sizes = [int(size) for size in options.layers.split(",")]
+    for num_layers in sizes:
+        source = options.folder / f"qwen3-moe-{num_layers}-layers"
+        if not (source / "config.json").exists():
+            maker = multiprocessing.get_context("spawn").Process(
+                target=make_checkpoint, args=(source, num_layers)
+            )
+            maker.start()
+            maker.join()
         # Only the smaller size is given to others: the larger one shows how ours scales.
-        is_first = not records
+        is_first = num_layers == first_size
         runs = [("octomoe", f"{t} {' '.join(o)}".strip(), ours(source, t, o)) for t, o in OURS]
         if is_first:
             runs.append(("plain torch loop", "channel", [sys.executable, "-c", PLAIN_LOOP]))
@@ -83,19 +94,18 @@ def main() -> None:
         if options.peer and is_first:
             runs += [("llm-compressor", s, [options.peer, "-c", PEER]) for s in PEERS]
         for tool, what, command in runs:
-            records.append(measure(options, source, tool, what, command, num_layers))
-            print(row(records[-1]), flush=True)
-    report(records, has_peer=bool(options.peer))
+            records.append(measure(options, tool, what, command, source, num_layers))
+    report(records, first_size, options.peer)
 
 
-def make_checkpoint(folder: Path, num_layers: int) -> Path:
-    """A Qwen3-30B-A3B-shaped bf16 checkpoint of a few layers, one per shard; made once."""
-    path = folder / f"qwen3-moe-{num_layers}-layers"
-    if (path / "config.json").exists():
-        return path
+def make_checkpoint(path: Path, num_layers: int) -> None:
+    """A Qwen3-30B-A3B-shaped bf16 checkpoint of a few layers, one per shard."""
+    import torch
+    from safetensors.torch import save_file
+
     path.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for layer in range(num_layers):
         base = f"model.layers.{layer}"
         shapes = {f"{base}.mlp.gate": (NUM_EXPERTS, HIDDEN)}
@@ -126,7 +136,6 @@ def make_checkpoint(folder: Path, num_layers: int) -> Path:
         "num_hidden_layers": num_layers,
     }
     (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
 def ours(source: Path, target: str, options: list[str]) -> list[str]:
@@ -136,18 +145,20 @@ def ours(source: Path, target: str, options: list[str]) -> list[str]:
 
 def measure(
     options: argparse.Namespace,
-    source: Path,
     tool: str,
     what: str,
     command: list[str],
-    num_layers: int,
-) -> dict[str, object]:
+    source: Path | None = None,
+    num_layers: int = 0,
+) -> dict[str, Any]:
     """Run a command a few times; the first run warms the source's pages and does not count."""
     out = options.folder / "out"
+    arguments = [] if source is None else [str(source), str(out)]
+    if tool == "llm-compressor":
+        arguments.append(what)
     seconds, peaks = [], []
     for _ in range(options.repeat + 1):
         shutil.rmtree(out, ignore_errors=True)
-        arguments = [str(source), str(out), *([what] if tool == "llm-compressor" else [])]
         started = time.perf_counter()
         process = subprocess.Popen(
             [*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
@@ -159,53 +170,59 @@ def measure(
         peaks.append(usage.ru_maxrss / 1024)
         if status:
             raise RuntimeError(f"{tool} {what} failed:\n{message.decode()[-2000:]}")
+    shutil.rmtree(out, ignore_errors=True)
     counted = seconds[1:] or seconds
-    return {
+    record: dict[str, Any] = {
         "tool": tool,
         "what": what,
         "layers": num_layers,
-        "source_bytes": sum(f.stat().st_size for f in source.glob("*.safetensors")),
+        "source_bytes": sum(f.stat().st_size for f in source.glob("*.safetensors"))
+        if source
+        else 0,
         "seconds": round(statistics.median(counted), 2),
         "fastest": round(min(counted), 2),
         "slowest": round(max(counted), 2),
         "peak_rss_mb": round(max(peaks)),
     }
-
-
-def row(record: dict[str, object]) -> str:
-    """One line of the table."""
-    return (
-        f"{record['tool']:18}{record['what']:24}{record['layers']:>3} layers"
+    print(
+        f"{tool:18}{what:24}{num_layers:>3} layers"
         f"{record['seconds']:>9} s ({record['fastest']} to {record['slowest']})"
-        f"{record['peak_rss_mb']:>7} MB"
+        f"{record['peak_rss_mb']:>7} MB",
+        flush=True,
     )
+    return record
 
 
-def report(records: list[dict[str, object]], *, has_peer: bool) -> None:
+def report(records: list[dict[str, Any]], first_size: int, peer: str | None) -> None:
     """Append the run, and say how it compares."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
-    by_what = {(r["tool"], r["what"]): r for r in records if r["layers"] == records[0]["layers"]}
-    if has_peer:
-        ratio = (
-            by_what["llm-compressor", "FP8_DYNAMIC"]["seconds"]
-            / by_what["octomoe", "ct-channel --no-verify"]["seconds"]
-        )
-        print(f"llm-compressor FP8_DYNAMIC / octomoe ct-channel: {ratio:.1f}x the time")
-    else:
-        print("llm-compressor was not measured: give --peer PYTHON")
-    run = {
-        "commit": commit,
-        "command": "python benchmarks/convert.py",
+    run: dict[str, Any] = {
+        "commit": output_of("git", "describe", "--always", "--dirty"),
+        "command": f"python benchmarks/convert.py{' --peer PYTHON' if peer else ''}",
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "missing_peers": [] if has_peer else ["llm-compressor"],
+        "versions": {"torch": version("torch"), "python": sys.version.split()[0]},
+        "missing_peers": [] if peer else ["llm-compressor"],
         "results": records,
     }
+    if peer:
+        code = "from importlib.metadata import version; print(version('llmcompressor'))"
+        run["versions"] |= {"llm-compressor": output_of(peer, "-c", code)}
+        seconds = {
+            (r["tool"], r["what"]): r["seconds"] for r in records if r["layers"] == first_size
+        }
+        ours_s = seconds["octomoe", "ct-channel --no-verify"]
+        ratio = run["ratio"] = round(seconds["llm-compressor", "FP8_DYNAMIC"] / ours_s, 2)
+        print(f"llm-compressor FP8_DYNAMIC / octomoe ct-channel --no-verify: {ratio}x the time")
+    else:
+        print("llm-compressor was not measured: give --peer PYTHON")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(run) + "\n")
+
+
+def output_of(*command: str) -> str:
+    """What a command prints."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

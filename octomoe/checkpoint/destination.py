@@ -131,17 +131,25 @@ class Destination:
     def _prepare(self, *, resume: bool) -> None:
         check_destination(self.path, resume=resume)
         marker = self.path / _MARKER
-        if marker.exists() and json.loads(marker.read_text())["digest"] != self.plan.digest:
-            got = "holds an unfinished conversion of another source or with other options"
-            do = "give the same ones, or delete it"
-            raise ValueError(_refuse(self.path, got, "the same to resume", do))
+        if marker.exists():
+            self._check_marker(json.loads(marker.read_text()))
         if not marker.exists() and (self.path / REPORT).exists():
             got = "holds a finished conversion of another source or with other options"
             do = "choose another, or delete it first: nothing is overwritten"
             raise FileExistsError(_refuse(self.path, got, "a new or empty folder", do))
         self.path.mkdir(parents=True, exist_ok=True)
         self._check_space()
-        write_json(marker, {"digest": self.plan.digest})
+        write_json(marker, {"digest": self.plan.digest, "source": self.plan.stamps})
+
+    def _check_marker(self, stated: dict[str, Any]) -> None:
+        got = ""
+        if stated["digest"] != self.plan.digest:
+            got = "holds an unfinished conversion of another source or with other options"
+        elif stated["source"] != self.plan.stamps:
+            got = "holds an unfinished conversion of a source whose files have changed since"
+        if got:
+            do = "give the same ones, or delete it"
+            raise ValueError(_refuse(self.path, got, "the same to resume", do))
 
     def _check_space(self) -> None:
         done = sum(
@@ -178,6 +186,13 @@ def is_complete(path: Path, digest: str) -> bool:
     if not (path / "config.json").exists() or not report.exists():
         return False
     return bool(json.loads(report.read_text()).get("digest") == digest)
+
+
+def finished_outcome(path: Path) -> Outcome:
+    """What the report of a finished conversion says became of the weights."""
+    stated = json.loads((path / REPORT).read_text())["outcome"]
+    weights = {How(how): count for how, count in stated["weights"].items()}
+    return Outcome(weights, stated["num_changed"], stated["num_values"])
 
 
 def tidy(path: Path) -> None:

@@ -132,6 +132,10 @@ class WriteFile:
             _write_all(self._direct, stage[: len(part)], offset + start)
         _write_all(self._file, view[last:], offset + last)
 
+    def flush(self) -> None:
+        """Wait until all that is written would survive a power failure."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)

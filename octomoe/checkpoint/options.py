@@ -69,6 +69,7 @@ class Options:
             object.__setattr__(self, name, kind(value))
         if self.search not in ("none", "mse"):
             _fail("search", f"is {self.search!r}", "none or mse")
+        _check_device(self.device)
         if self.shard_bytes < 1:
             _fail("shard_size", f"is {self.shard_bytes}", "a positive number of bytes")
         target = self.found_target
@@ -85,6 +86,10 @@ class Options:
         if target.needs_input_scale and not self.input_scales:
             needs = "static activation scales"
             _fail("input_scales", f"are missing for {self.target}", needs, "give --calibrate TEXT")
+        if self.input_scales and self.all_linears:
+            do = "leave --all-linears out, or choose a target with dynamic activations"
+            needs = "experts only: other linears have no measured scale"
+            _fail("input_scales", "are given with all_linears", needs, do)
         if self.input_scales and not target.input_scale:
             needs = f"none: {self.target} quantises activations as they come"
             _fail("input_scales", "are given", needs, "leave --calibrate out")
@@ -161,6 +166,17 @@ def with_expert_scale(options: Options, is_wise: object) -> Options:
         got = f"is {is_wise!r} in config.json"
         raise ValueError(refusal("convert_checkpoint", "expert_wise_scale", got, "true or false"))
     return replace(options, expert_scale=ExpertScale.WISE if is_wise else ExpertScale.SHARED)
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        _fail("device", f"is {device!r}", "cpu, cuda or cuda:0")
+    if kind == "cuda" and not torch.cuda.is_available():
+        _fail("device", f"is {device!r}", "a CUDA GPU that torch can use", "use cpu")
 
 
 def _fail(argument: str, got: str, needs: str, do: str = "") -> None:

@@ -51,7 +51,9 @@ class Plan:
         linears: weights outside the experts that are quantised.
         copied: names of tensors that pass through byte by byte, as the source has them.
         config: config.json to write.
-        digest: of all that decides the result; equal digests give equal bytes.
+        digest: of all that decides the result but weights; with equal weights, equal digests give
+            equal bytes.
+        stamps: the source's files, and what changes when one does.
     """
 
     options: Options
@@ -62,6 +64,7 @@ class Plan:
     copied: tuple[str, ...]
     config: dict[str, Any]
     digest: str
+    stamps: dict[str, str]
 
     @property
     def num_bytes(self) -> int:
@@ -113,6 +116,7 @@ def make_plan(reader: Reader, options: Options) -> Plan:
         tuple(builder.copied),
         config,
         _digest(reader, options, config),
+        reader.checkpoint.stamps,
     )
 
 

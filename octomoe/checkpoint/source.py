@@ -23,6 +23,15 @@ INDEX: Final = "model.safetensors.index.json"
 _MAX_JSON_BYTES: Final = 512 << 20
 # The name of one file of several.
 _SHARD: Final = re.compile(r"-\d+-of-0*([2-9]|1\d+)[^/]*\.safetensors$")
+_STAMP_KEYS: Final = (
+    "ETag",
+    "etag",
+    "blob_id",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -37,6 +46,9 @@ class Store(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `start` to `stop` of a file, all of them, uint8."""
+
+    def stamp(self, name: str) -> str:
+        """What changes when a file does: its size, and the time or tag of its last change."""
 
 
 class Checkpoint:
@@ -140,6 +152,11 @@ class Checkpoint:
         """A whole file of the folder."""
         return self._bytes(name, 0, self.store.size(name))
 
+    @property
+    def stamps(self) -> dict[str, str]:
+        """File of weights -> what changes when it does."""
+        return {file: self.store.stamp(file) for file in self.files}
+
     def _bytes(self, file: str, start: int, stop: int) -> bytes:
         return bytes(buffer_of(self.store.read(file, start, stop)))
 
@@ -170,6 +187,10 @@ class _LocalStore:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return self._open(name).read(start, stop)
 
+    def stamp(self, name: str) -> str:
+        stated = (self._folder / name).stat()
+        return f"{stated.st_size} {stated.st_mtime_ns}"
+
     def _open(self, name: str) -> ReadFile:
         if name not in self._files:
             self._files[name] = ReadFile(str(self._folder / name))
@@ -188,9 +209,14 @@ class _RemoteStore:
 
         self._fs, self._folder = fsspec.core.url_to_fs(url)
         self._sizes: dict[str, int] = {}
+        self._stamps: dict[str, str] = {}
         for item in self._fs.ls(self._folder, detail=True):
             if item["type"] == "file":
-                self._sizes[item["name"].rstrip("/").rsplit("/", 1)[-1]] = item["size"]
+                name = item["name"].rstrip("/").rsplit("/", 1)[-1]
+                self._sizes[name] = item["size"]
+                # Each protocol has its own word for it, or none.
+                marks = [str(item[key]) for key in _STAMP_KEYS if item.get(key)]
+                self._stamps[name] = " ".join([str(item["size"]), *marks])
 
     def names(self) -> list[str]:
         return sorted(self._sizes)
@@ -205,6 +231,9 @@ class _RemoteStore:
         if len(data) != stop - start:
             raise OSError(f"{self._folder}/{name}: {len(data)} bytes came of {stop - start}")
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def stamp(self, name: str) -> str:
+        return self._stamps[name]
 
 
 def local_path(path: str) -> Path | None:

@@ -43,6 +43,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Give the shard its name."""
+        self._file.flush()
         self._file.close()
         os.replace(self._temporary, self.path)
 
@@ -59,5 +60,8 @@ def write_json(path: Path, value: object) -> None:
 def write_file(path: Path, data: bytes | bytearray) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(PARTIAL + path.name)
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -7,7 +7,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Final
 
-import torch
 import typer
 from rich.console import Console
 from rich.filesize import decimal
@@ -158,7 +157,7 @@ def convert(
 
     Exit code 1 if the result does not hold against the source.
     """
-    _check(report, verify=verify, device=device)
+    _check(report, verify=verify)
     console = Console(stderr=True)
     scale = _expert_scale(expert_scale, is_wise=expert_wise_scale)
     asked: dict[str, Any] = {
@@ -229,13 +228,14 @@ def summary(done: Conversion, source_bytes: int, seconds: float) -> dict[str, st
         "format": f"{done.weights} weights, {done.activations} activations, for {done.target}",
         "size": f"{sizes} in {files}",
     }
-    fates = [f"{n:,} {FATES[how]}" for how, n in done.outcome.weights.items()]
-    if fates:
+    if done.was_complete:
+        facts["time"] = "it was complete already: nothing was written"
+    else:
         rate = done.read_bytes / max(seconds, 1e-9) / 1e9
         facts["time"] = f"{seconds:.1f} s for {decimal(done.read_bytes)} read, {rate:.2f} GB/s"
+    fates = [f"{n:,} {FATES[how]}" for how, n in done.outcome.weights.items()]
+    if fates:
         facts["matrices"] = ", ".join(fates)
-    else:
-        facts["time"] = "it was complete already: nothing was written"
     if done.outcome.num_values:
         changed, total = done.outcome.num_changed, done.outcome.num_values
         facts["changed"] = f"{changed:,} of {total:,} values of the quantised source"
@@ -251,21 +251,13 @@ def _expert_scale(stated: str | None, *, is_wise: bool) -> str:
     return ExpertScale.WISE if is_wise else stated or ExpertScale.AUTO
 
 
-def _check(report: Path | None, *, verify: bool, device: str) -> None:
+def _check(report: Path | None, *, verify: bool) -> None:
     """Refuse what would fail after the work."""
     if report is not None:
         check_report("convert", report)
         if not verify:
             needs = "the verification that it shows"
             raise ValueError(refusal("convert", "--report", "comes with --no-verify", needs))
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        needs = "cpu, cuda or cuda:0"
-        raise ValueError(refusal("convert", "--device", f"is {device!r}", needs)) from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        needs = "a CUDA device, of which torch finds none"
-        raise ValueError(refusal("convert", "--device", f"is {device!r}", needs, "use cpu"))
 
 
 def _convert(

@@ -1,6 +1,5 @@
 """The counter for `activation_quantize`."""
 
-import torch
 from torch import Tensor
 
 from octomoe.core.activations import Activation
@@ -10,6 +9,7 @@ from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
 from octomoe.ops.check import check_float, check_format, check_given, check_rank, check_same_device
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 
 
 def activation_quantize(
@@ -69,7 +69,7 @@ def _width(h: Tensor, activation: Activation) -> int:
     return h.shape[1] // 2 if activation.gated else h.shape[1]
 
 
-@torch.library.custom_op("octomoe::activation_quantize", mutates_args=())
+@register("activation_quantize")
 def _activation_quantize_op(
     h: Tensor, activation: str, format: str, layout: str, scale: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:

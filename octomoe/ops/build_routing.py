@@ -14,6 +14,7 @@ from octomoe.ops.check import (
     check_slots,
 )
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 
 
 def build_routing(
@@ -65,7 +66,7 @@ def build_routing(
     return Routing(offsets, slot_of_choice, choice_of_slot, align)
 
 
-@torch.library.custom_op("octomoe::build_routing", mutates_args=())
+@register("build_routing")
 def _build_routing_op(
     topk_ids: Tensor, num_experts: int, align: int, expert_map: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from octomoe.core.qtensor import QTensor
 from octomoe.errors import refusal
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 from octomoe.ops.schema import put_together, take_apart
 
 
@@ -37,7 +38,7 @@ def dequantize(q: QTensor, *, dtype: torch.dtype = torch.float32, backend: str =
     return _dequantize_op(data, scale, format, layout, dtype, backend)
 
 
-@torch.library.custom_op("octomoe::dequantize", mutates_args=())
+@register("dequantize")
 def _dequantize_op(
     data: Tensor, scale: Tensor, format: str, layout: str, dtype: torch.dtype, backend: str
 ) -> Tensor:

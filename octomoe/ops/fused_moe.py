@@ -1,6 +1,5 @@
 """The counter for `fused_moe`."""
 
-import torch
 from torch import Tensor
 
 from octomoe.core.activations import Activation
@@ -20,6 +19,7 @@ from octomoe.ops.check import (
     check_slots,
 )
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 from octomoe.ops.schema import format_of, put_together, take_apart
 
 
@@ -146,7 +146,7 @@ def _check(
             raise TypeError(refusal(op, "out", got, f"hidden_states' {hidden_states.dtype}"))
 
 
-@torch.library.custom_op("octomoe::fused_moe", mutates_args=())
+@register("fused_moe")
 def _fused_moe_op(
     hidden_states: Tensor,
     w13: Tensor,

@@ -16,6 +16,7 @@ from octomoe.ops.check import (
     check_shape,
 )
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 from octomoe.ops.schema import format_of, put_together, take_apart
 
 
@@ -162,7 +163,7 @@ def _floating(op: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-@torch.library.custom_op("octomoe::grouped_gemm", mutates_args=())
+@register("grouped_gemm")
 def _grouped_gemm_op(
     x: Tensor,
     x_scale: Tensor | None,
@@ -206,7 +207,7 @@ def _(
     return x.new_empty((x.shape[0], w.shape[1]), dtype=out_dtype)
 
 
-@torch.library.custom_op("octomoe::grouped_gemm_dgrad", mutates_args=())
+@register("grouped_gemm_dgrad")
 def _grouped_gemm_dgrad_op(
     dy: Tensor,
     dy_scale: Tensor | None,
@@ -247,7 +248,7 @@ def _(
     return dy.new_empty((dy.shape[0], w.shape[2]), dtype=out_dtype)
 
 
-@torch.library.custom_op("octomoe::grouped_gemm_wgrad", mutates_args=())
+@register("grouped_gemm_wgrad")
 def _grouped_gemm_wgrad_op(
     dy: Tensor,
     dy_scale: Tensor | None,

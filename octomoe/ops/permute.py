@@ -1,6 +1,5 @@
 """The counter for `permute`."""
 
-import torch
 from torch import Tensor
 
 from octomoe.core.formats import ALL, Format
@@ -10,6 +9,7 @@ from octomoe.core.routing import Routing
 from octomoe.errors import refusal
 from octomoe.ops.check import check_routing, check_rows, check_same_device
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 from octomoe.ops.schema import put_together, take_apart
 
 
@@ -57,7 +57,7 @@ def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> 
     return QTensor(data, scale, x.format, x.layout)
 
 
-@torch.library.custom_op("octomoe::permute", mutates_args=())
+@register("permute")
 def _permute_op(
     data: Tensor,
     scale: Tensor | None,

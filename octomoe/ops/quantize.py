@@ -9,6 +9,7 @@ from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
 from octomoe.ops.check import check_float, check_format, check_given, check_rank, check_same_device
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 
 
 def quantize(
@@ -76,7 +77,7 @@ def _check_out(x: Tensor, format: Format, layout: ScaleLayout, out: QTensor) -> 
         raise ValueError(refusal("quantize", "out", got, needs))
 
 
-@torch.library.custom_op("octomoe::quantize", mutates_args=())
+@register("quantize")
 def _quantize_op(
     x: Tensor,
     format: str,

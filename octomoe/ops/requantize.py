@@ -1,6 +1,5 @@
 """The counter for `requantize`."""
 
-import torch
 from torch import Tensor
 
 from octomoe.core.formats import Format
@@ -9,6 +8,7 @@ from octomoe.core.qtensor import QTensor, packed_scale_shape
 from octomoe.errors import refusal
 from octomoe.ops.check import check_format
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 from octomoe.ops.schema import put_together, take_apart
 
 
@@ -50,7 +50,7 @@ def requantize(
     return QTensor(data, scale, format, layout)
 
 
-@torch.library.custom_op("octomoe::requantize", mutates_args=())
+@register("requantize")
 def _requantize_op(
     data: Tensor,
     scale: Tensor,

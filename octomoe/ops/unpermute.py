@@ -1,11 +1,11 @@
 """The counter for `unpermute`."""
 
-import torch
 from torch import Tensor
 
 from octomoe.core.routing import Routing
 from octomoe.ops.check import check_float, check_routing, check_rows, check_same_device, check_shape
 from octomoe.ops.dispatch import implementation
+from octomoe.ops.register import register
 
 
 def unpermute(
@@ -46,7 +46,7 @@ def unpermute(
     return _unpermute_op(y, *index, routing.align, weights, backend)
 
 
-@torch.library.custom_op("octomoe::unpermute", mutates_args=())
+@register("unpermute")
 def _unpermute_op(
     y: Tensor,
     expert_offsets: Tensor,

@@ -281,6 +281,12 @@ def test_a_disk_that_is_too_small_is_noticed_before_a_tensor_is_written(
         ({"target": "mxfp8", "weights_scale": "exact"}, "weights_scale is exact, but needs pow2"),
         ({"target": "modelopt-fp8"}, "input_scales are missing for modelopt-fp8, but needs stat"),
         ({"input_scales": INPUT_SCALES}, "input_scales are given, but needs none: ct-channel quan"),
+        (
+            {"target": "ct-tensor", "input_scales": INPUT_SCALES, "all_linears": True},
+            "input_scales are given with all_linears, but needs experts only",
+        ),
+        ({"workers": 0}, "workers is 0, but needs at least one"),
+        ({"device": "abacus"}, "device is 'abacus', but needs cpu, cuda or cuda:0"),
     ],
 )  # fmt: skip
 def test_an_option_that_does_not_fit_is_refused(
@@ -303,7 +309,7 @@ def test_an_option_that_does_not_fit_is_refused(
         ),
         ("down", None, "lack down of layer 1, but needs every projection"),
         (None, None, "lack layer 1, but needs every layer"),
-        ("sideways", [0.1] * 4, "sideways"),
+        ("sideways", [0.1] * 4, "of layer 1 are for 'sideways', but needs gate, up, down"),
     ],
 )
 def test_input_scales_that_do_not_fit_are_refused(

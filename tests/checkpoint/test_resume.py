@@ -101,8 +101,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def start(source: Path, tmp_path: Path) -> Iterator[Start]:
     """Start a process that converts to `tmp_path / "dst"`."""
     context = multiprocessing.get_context("forkserver")
-    # The first op imports torch._dynamo, which takes longer than the conversion.
-    context.set_forkserver_preload(["octomoe.checkpoint.convert", "torch._dynamo"])
+    context.set_forkserver_preload(["octomoe.checkpoint.convert"])
     children = []
 
     def start(
@@ -248,10 +247,33 @@ def test_the_order_in_which_experts_are_done_leaves_no_trace(
 def test_resuming_what_is_finished_does_nothing(source: Path, tmp_path: Path):
     dst = tmp_path / "dst"
     options = OPTIONS | {"shard_bytes": 10_000_000}
-    convert_checkpoint(source, dst, **options)
+    first = convert_checkpoint(source, dst, **options)
     before = {file: file.stat().st_mtime_ns for file in [dst, *dst.iterdir()]}
-    convert_checkpoint(source, dst, **options, resume=True)
+    second = convert_checkpoint(source, dst, **options, resume=True)
+    assert (first.was_complete, second.was_complete) == (False, True)
+    assert second.outcome == first.outcome
     assert {file: file.stat().st_mtime_ns for file in [dst, *dst.iterdir()]} == before
+
+
+def test_resuming_is_refused_when_the_source_has_changed_since(
+    make_qwen: Callable[..., Path], tmp_path: Path
+):
+    src, dst = make_qwen(layers=2, num_shards=2), tmp_path / "dst"
+
+    def stop(done: int, total: int) -> None:
+        raise OSError("stop")
+
+    options = {"target": "ct-channel", "shard_bytes": 10_000}
+    with pytest.raises(OSError, match="stop"):
+        convert_checkpoint(src, dst, **options, on_progress=stop)
+    shard = next(iter(src.glob("*.safetensors")))
+    tensors = {name: tensor * 2 for name, tensor in load_file(shard).items()}
+    # The same header and size: only the time of the change tells.
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"of a source whose files have changed since"):
+        convert_checkpoint(src, dst, **options, resume=True)
+    shutil.rmtree(dst)
+    convert_checkpoint(src, dst, **options)
 
 
 def test_resuming_with_another_record_of_the_family_is_refused(

@@ -239,7 +239,7 @@ def test_only_the_first_of_several_processes_speaks(octomoe_, tmp_path, monkeypa
         (("--pad-intermediate", "64"), "pad_intermediate is given for ct-channel, but needs 1"),
         (("--shard-size", "5 apples"), "--shard-size is '5 apples', but needs a size such as"),
         (("--shard-size", "0"), "--shard-size is '0', but needs a size such as"),
-        (("--device", "abacus"), "--device is 'abacus', but needs cpu, cuda or cuda:0"),
+        (("--device", "abacus"), "device is 'abacus', but needs cpu, cuda or cuda:0"),
         (("--report", "no/folder/r.html"), "--report is no/folder/r.html, but needs a file in"),
         (("--report", "r.html", "--no-verify"), "--report comes with --no-verify, but needs the"),
         (("--family-file", "no.toml"), "No such file or directory: 'no.toml'"),
@@ -264,7 +264,7 @@ def test_a_device_that_is_not_there_is_refused(octomoe_, tmp_path, monkeypatch):
     arguments = ("convert", MODEL, tmp_path / "made", "--target", "ct-channel", "--device", "cuda")
     code, _, err = octomoe_(*arguments)
     assert code == 1
-    assert "--device is 'cuda', but needs a CUDA device, of which torch finds none" in err
+    assert "device is 'cuda', but needs a CUDA GPU that torch can use; use cpu" in err
 
 
 def test_sources_and_destinations_that_cannot_work(octomoe_, tmp_path):

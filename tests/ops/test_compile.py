@@ -7,10 +7,11 @@ as one graph.
 import importlib
 import pkgutil
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from torch._library.custom_ops import CustomOpDef
 
 import octomoe.ops
 from octomoe import (
@@ -36,6 +37,7 @@ from octomoe import (
     quantize_experts,
     unpermute,
 )
+from octomoe.ops.register import RegisteredOp
 from octomoe.ops.schema import take_apart
 
 pytestmark = [
@@ -262,5 +264,21 @@ def test_every_registered_op_has_a_sample():
     found = set()
     for module in pkgutil.iter_modules(octomoe.ops.__path__, "octomoe.ops."):
         values = vars(importlib.import_module(module.name)).values()
-        found |= {value._qualname for value in values if isinstance(value, CustomOpDef)}
-    assert found == {f"octomoe::{op}" for op, _ in SAMPLES}
+        found |= {value.name for value in values if isinstance(value, RegisteredOp)}
+    assert found == {op for op, _ in SAMPLES}
+
+
+def test_backward_is_refused():
+    x = torch.ones(1, 32, requires_grad=True)
+    values = dequantize(quantize(x, MXFP8))
+    assert torch.equal(values, x)
+    with pytest.raises(NotImplementedError, match="dequantize: backward reached this op"):
+        values.sum().backward()
+
+
+def test_running_an_op_does_not_import_the_compiler():
+    code = (
+        "import sys, torch, octomoe; octomoe.quantize(torch.ones(1, 32), octomoe.MXFP8); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
