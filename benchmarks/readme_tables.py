@@ -60,15 +60,16 @@ def convert_table() -> str:
     rows = ["| tool | what | source | seconds | peak memory |", "|---|---|--:|--:|--:|"]
     for run in record["results"]:
         seconds = f"{run['seconds']:.1f} ({run['fastest']:.1f} to {run['slowest']:.1f})"
-        size = f"{run['source_bytes'] / 1e9:.1f} GB"
+        size = f"{run['source_bytes'] / 1e9:.1f} GB" if run["source_bytes"] else ""
         memory = f"{run['peak_rss_mb'] / 1000:.2f} GB"
         cells = (run["tool"], f"`{run['what']}`", size, seconds, memory)
         rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
         (
-            f"`{record['command']}`, {record['cores']} cores, commit {record['commit']}, torch "
-            f"{record['versions']['torch']}; from `{CONVERT.relative_to(ROOT)}`."
+            f"`{record['command']}`, {record['cores']} cores, commit {record['commit']}, "
+            + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+            + f"; from `{CONVERT.relative_to(ROOT)}`."
         ),
     ]
     return "\n".join(rows) + "\n"
