@@ -6,6 +6,7 @@ from the format's definition alone, so that agreement with them says something.
 
 import hashlib
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,6 +21,10 @@ from torch import Tensor
 from octomoe.core.activations import Activation
 from octomoe.core.formats import ALL, Element, Format
 from octomoe.core.qtensor import QTensor
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. It is asked for when a kernel's file is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ALLOCATORS = (
     (torch, "empty"),

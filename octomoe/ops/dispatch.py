@@ -1,5 +1,6 @@
 """Which backend runs an op: `auto` picks, an explicit one never falls back, a refusal says why."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -55,7 +56,9 @@ def choose(op: str, backend: str, device: torch.device, name: str = "") -> str:
         NotImplementedError: the one asked for cannot run here; the message gives each one's reason.
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(op, name, device) is None)
+        # The interpreter is for looking at kernels, not for using them.
+        names = BACKENDS if device.type != "cpu" else ("reference",)
+        return next(name for name in names if why_not(op, name, device) is None)
     if backend not in BACKENDS:
         needs = "one of: auto, " + ", ".join(BACKENDS)
         raise ValueError(refusal(name or op, "backend", f"is {backend!r}", needs))
@@ -79,13 +82,19 @@ def implementation(
     return function
 
 
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _machine_lacks(backend: str, target: Target) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if backend == "sm90" and target.arch != 90:
         return f"needs compute capability 9.0, {target.name} is {_describe_arch(target)}"
-    if backend == "triton" and target.arch == 0 and not target.is_hip:
-        return f"needs a GPU, tensors are on {target.name}"
+    is_gpu = target.arch > 0 or target.is_hip
+    if backend == "triton" and not is_gpu and not is_interpreting():
+        return f"needs a GPU (or TRITON_INTERPRET=1), tensors are on {target.name}"
     return None
 
 

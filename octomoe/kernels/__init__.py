@@ -1,0 +1,1 @@
+"""Triton kernels: the same names and meaning as `octomoe.reference`, one op per file."""

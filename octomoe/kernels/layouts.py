@@ -1,0 +1,59 @@
+"""Where a kernel finds the scale (row, column), in every layout of `octomoe.core.layouts`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octomoe.core.formats import Format
+from octomoe.core.layouts import ScaleLayout
+from octomoe.core.qtensor import QTensor, packed_scale_shape
+
+
+@triton.jit
+def _scale_offset(
+    row,
+    column,
+    stride_row,
+    stride_column,
+    num_column_atoms,
+    IS_INTERLEAVED: tl.constexpr,
+):
+    """Where the scale (row, column) lies, in elements; int64."""
+    row, column = row.to(tl.int64), column.to(tl.int64)
+    if IS_INTERLEAVED:
+        atom = (row // 128) * num_column_atoms + column // 4
+        offset = atom * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + column % 4
+    else:
+        offset = row * stride_row + column * stride_column
+    return offset
+
+
+def empty_scale(
+    format: Format, layout: ScaleLayout, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Memory for the scales of data of `shape`; what the layout pads with is zero already."""
+    packed = packed_scale_shape(format, layout, shape)
+    *_, rows, _ = format.scale_shape(shape)
+    is_padded = layout == ScaleLayout.INTERLEAVED
+    is_padded |= layout == ScaleLayout.GEMM_READY and packed[-1] != rows
+    allocate = torch.zeros if is_padded else torch.empty
+    return allocate(packed, dtype=format.scale_dtype, device=device)
+
+
+def as_bytes(scale: Tensor) -> Tensor:
+    """A scale as Triton takes it, which has no E8M0: that is read and written as bytes."""
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+def scale_strides(q: QTensor) -> tuple[int, int, int, int]:
+    """Of the scale: strides of expert, row and column; how many atoms lie side by side."""
+    scale, is_stack = q.scale, q.data.dim() == 3
+    expert = scale.stride(0) if is_stack else 0
+    match q.layout:
+        case ScaleLayout.COMPACT:
+            return expert, scale.stride(-2), scale.stride(-1), 0
+        case ScaleLayout.GEMM_READY:
+            return expert, scale.stride(-1), scale.stride(-2), 0
+        case ScaleLayout.INTERLEAVED:
+            return expert, 0, 0, scale.shape[-3]

@@ -1,0 +1,211 @@
+"""Permute: row s of the result is row ``token_of_slot[s]`` of x, payload and scales together.
+
+Bound by bytes: every row of x is read once and written to its slots, so programs walk over the
+tokens. Scales, and slots of no token, are the work of further programs of the same launch, which
+walk over the slots: only so are scale-major scales written in runs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octomoe.core.formats import ALL
+from octomoe.core.layouts import ScaleLayout
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.kernels.layouts import _scale_offset, as_bytes, empty_scale, scale_strides
+from octomoe.tune.configs import PermuteConfig
+from octomoe.tune.lookup import permute_config
+
+
+@triton.jit
+def _copy_row(
+    x_ptr,
+    y_ptr,
+    slot_of_choice_ptr,
+    token,
+    first_column,
+    num_choices,
+    num_columns,
+    x_stride_row,
+    x_stride_column,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """Read a part of a token's row, write it to every slot of the token."""
+    token = token.to(tl.int64)
+    column = first_column + tl.arange(0, TILE_COLUMNS)
+    is_inside = column < num_columns
+    x_offset = token * x_stride_row + column.to(tl.int64) * x_stride_column
+    row = tl.load(x_ptr + x_offset, mask=is_inside, other=0)
+    for choice in range(num_choices):
+        slot = tl.load(slot_of_choice_ptr + token * num_choices + choice).to(tl.int64)
+        tl.store(y_ptr + slot * num_columns + column, row, mask=is_inside & (slot >= 0))
+
+
+@triton.jit
+def _clear_padding(
+    y_ptr, slot, is_padding, num_columns, SLOTS: tl.constexpr, TILE_COLUMNS: tl.constexpr
+):
+    """Zero the rows of a run of slots that belong to no token."""
+    if tl.max(is_padding.to(tl.int32), axis=0) > 0:
+        for first in range(0, num_columns, TILE_COLUMNS):
+            column = first + tl.arange(0, TILE_COLUMNS)
+            tl.store(
+                y_ptr + slot.to(tl.int64)[:, None] * num_columns + column[None, :],
+                tl.zeros([SLOTS, TILE_COLUMNS], y_ptr.dtype.element_ty),
+                mask=is_padding[:, None] & (column < num_columns)[None, :],
+            )
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr,
+    y_ptr,
+    slot_of_choice_ptr,
+    choice_of_slot_ptr,
+    num_tokens,
+    num_choices,
+    num_slots,
+    num_columns,
+    x_stride_row,
+    x_stride_column,
+    x_scale_ptr,
+    y_scale_ptr,
+    num_scales,
+    x_scale_stride_row,
+    x_scale_stride_column,
+    x_scale_atoms,
+    y_scale_stride_row,
+    y_scale_stride_column,
+    y_scale_atoms,
+    smallest_scale,
+    IS_X_INTERLEAVED: tl.constexpr,
+    IS_Y_INTERLEAVED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILE_SCALES: tl.constexpr,
+):
+    num_column_tiles = tl.cdiv(num_columns, TILE_COLUMNS)
+    num_row_programs = num_tokens * num_column_tiles
+    if tl.program_id(0) < num_row_programs:
+        _copy_row(
+            x_ptr,
+            y_ptr,
+            slot_of_choice_ptr,
+            tl.program_id(0) // num_column_tiles,
+            tl.program_id(0) % num_column_tiles * TILE_COLUMNS,
+            num_choices,
+            num_columns,
+            x_stride_row,
+            x_stride_column,
+            TILE_COLUMNS,
+        )
+    else:
+        slot = (tl.program_id(0) - num_row_programs) * SLOTS + tl.arange(0, SLOTS)
+        is_slot = slot < num_slots
+        choice = tl.load(choice_of_slot_ptr + slot, mask=is_slot, other=0)
+        is_padding = is_slot & (choice < 0)
+        _clear_padding(y_ptr, slot, is_padding, num_columns, SLOTS, TILE_SCALES)
+        if HAS_SCALE:
+            token = tl.maximum(choice, 0) // num_choices
+            for first in range(0, num_scales, TILE_SCALES):
+                column = first + tl.arange(0, TILE_SCALES)
+                is_inside = is_slot[:, None] & (column < num_scales)[None, :]
+                x_offset = _scale_offset(
+                    token[:, None],
+                    column[None, :],
+                    x_scale_stride_row,
+                    x_scale_stride_column,
+                    x_scale_atoms,
+                    IS_X_INTERLEAVED,
+                )
+                has_scale = is_inside & (choice >= 0)[:, None]
+                scale = tl.load(x_scale_ptr + x_offset, mask=has_scale, other=0)
+                # A row of no token reads as a quantised row of zeros would.
+                scale = tl.where(is_padding[:, None], smallest_scale.to(scale.dtype), scale)
+                y_offset = _scale_offset(
+                    slot[:, None],
+                    column[None, :],
+                    y_scale_stride_row,
+                    y_scale_stride_column,
+                    y_scale_atoms,
+                    IS_Y_INTERLEAVED,
+                )
+                tl.store(y_scale_ptr + y_offset, scale, mask=is_inside)
+
+
+def permute(
+    x: Tensor | QTensor,
+    routing: Routing,
+    *,
+    layout: ScaleLayout | None = None,
+    config: PermuteConfig | None = None,
+) -> Tensor | QTensor:
+    """Rows ``[T, D]`` in the order of the slots, ``[S, D]``; see `octomoe.permute`."""
+    payload = x if isinstance(x, Tensor) else x.data
+    shape = (routing.num_slots, payload.shape[1])
+    y = torch.empty(shape, dtype=payload.dtype, device=payload.device)
+    config = config or permute_config(payload.shape[1], payload.dtype.itemsize)
+    if isinstance(x, Tensor):
+        _launch(payload, y, None, None, routing, config)
+        return y
+    if x.format.block[1] == ALL:
+        _launch(payload, y, None, None, routing, config)
+        return QTensor(y, x.scale, x.format, x.layout)
+    layout = x.layout if layout is None else layout
+    permuted = QTensor(y, empty_scale(x.format, layout, shape, x.device), x.format, layout)
+    _launch(payload, y, x, permuted, routing, config)
+    return permuted
+
+
+def _launch(
+    payload: Tensor,
+    permuted: Tensor,
+    x: QTensor | None,
+    y: QTensor | None,
+    routing: Routing,
+    config: PermuteConfig,
+) -> None:
+    """Start the kernel; `x` and `y` are given if they have a scale per row."""
+    num_columns = payload.shape[1]
+    row_programs = routing.num_tokens * triton.cdiv(num_columns, config.columns)
+    programs = row_programs + triton.cdiv(routing.num_slots, config.slots)
+    if programs == 0:
+        return
+    payload, permuted = _words(payload), _words(permuted)
+    has_scale = x is not None and y is not None
+    x_scale = as_bytes(x.scale) if x is not None else payload
+    y_scale = as_bytes(y.scale) if y is not None else permuted
+    is_e8m0 = x is not None and x.scale.dtype == torch.float8_e8m0fnu
+    _permute_kernel[(programs,)](
+        payload,
+        permuted,
+        routing.slot_of_choice_TA,
+        routing.choice_of_slot_S,
+        routing.num_tokens,
+        max(routing.num_choices, 1),
+        routing.num_slots,
+        num_columns,
+        *payload.stride(),
+        x_scale,
+        y_scale,
+        x.format.scale_shape(tuple(x.shape))[-1] if x is not None else 0,
+        *(scale_strides(x)[1:] if x is not None else (0, 0, 0)),
+        *(scale_strides(y)[1:] if y is not None else (0, 0, 0)),
+        0.0 if x is None or is_e8m0 else x.format.min_scale,
+        IS_X_INTERLEAVED=x is not None and x.layout == ScaleLayout.INTERLEAVED,
+        IS_Y_INTERLEAVED=y is not None and y.layout == ScaleLayout.INTERLEAVED,
+        HAS_SCALE=has_scale,
+        TILE_COLUMNS=config.columns,
+        SLOTS=config.slots,
+        TILE_SCALES=config.scales,
+        num_warps=config.num_warps,
+    )
+
+
+def _words(x: Tensor) -> Tensor:
+    """The same memory as integers, which are copied as they are."""
+    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.view(dtypes[x.dtype.itemsize])

@@ -1,0 +1,114 @@
+"""What every quantising kernel does to a block: its largest magnitude, its scale, its bytes.
+
+Bit for bit what `octomoe.reference.quantize` says. Magnitudes are compared as the bits of their
+float32, sign cleared: as integers they are ordered like the numbers, with Inf above all of these
+and NaN above Inf, so that a maximum never loses a NaN.
+"""
+
+from struct import pack, unpack
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from octomoe.core.formats import E5M2, Format, Rounding
+
+# Bits of float32: Inf, a NaN, the mantissa, and 2^-127, the one E8M0 value that is subnormal.
+_INF = tl.constexpr(0x7F800000)
+_NAN = tl.constexpr(0x7FC00000)
+_MANTISSA = tl.constexpr(0x7FFFFF)
+_TINIEST = tl.constexpr(0x00400000)
+
+
+def scaling_arguments(format: Format) -> dict[str, Any]:
+    """Compile-time arguments of `_scale_of_amax` and `_encode` for a format."""
+    (bits,) = unpack("<i", pack("<f", format.target_max))
+    return {
+        "TARGET": format.target_max,
+        "TARGET_EXPONENT": bits >> 23,
+        "TARGET_MANTISSA": bits & 0x7FFFFF,
+        "LIMIT": format.element.max,
+        "IS_POW2": format.rounding == Rounding.POW2,
+        "IS_E8M0": format.scale_dtype == torch.float8_e8m0fnu,
+        "IS_E5M2": format.element is E5M2,
+        "HAS_NAN": format.element.has_nan,
+    }
+
+
+@triton.jit
+def _magnitude_bits(x):
+    """Bits of |x| as int32, ordered like the magnitudes, NaN last."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale_of_amax(
+    amax_bits,
+    TARGET: tl.constexpr,
+    TARGET_EXPONENT: tl.constexpr,
+    TARGET_MANTISSA: tl.constexpr,
+    IS_POW2: tl.constexpr,
+    IS_E8M0: tl.constexpr,
+):
+    """The scale for the largest magnitude of a block, as float32: NaN for NaN and Inf."""
+    if IS_POW2:
+        exponent = (amax_bits >> 23) - TARGET_EXPONENT + 127
+        exponent += ((amax_bits & _MANTISSA) > TARGET_MANTISSA).to(tl.int32)
+        if IS_E8M0:
+            bits = tl.where(exponent <= 0, _TINIEST, exponent << 23)
+        else:
+            bits = tl.maximum(exponent, 1) << 23
+    else:
+        # div_rn: `/` would be off by an ulp.
+        exact = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), TARGET)
+        bits = tl.maximum(exact.to(tl.int32, bitcast=True), 1 << 23)
+    return tl.where(amax_bits >= _INF, _NAN, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stored_scale(scale, IS_E8M0: tl.constexpr):
+    """A float32 scale as it is stored: itself, or its E8M0 byte."""
+    if IS_E8M0:
+        bits = scale.to(tl.int32, bitcast=True)
+        stored = tl.where(scale != scale, 0xFF, bits >> 23).to(tl.uint8)
+    else:
+        stored = scale
+    return stored
+
+
+@triton.jit
+def _loaded_scale(stored, IS_E8M0: tl.constexpr):
+    """The inverse of `_stored_scale`."""
+    if IS_E8M0:
+        byte = stored.to(tl.int32)
+        bits = tl.where(byte == 0, _TINIEST, byte << 23)
+        scale = tl.where(byte == 0xFF, _NAN, bits).to(tl.float32, bitcast=True)
+    else:
+        scale = stored
+    return scale
+
+
+@triton.jit
+def _encode(
+    x,
+    scale,
+    LIMIT: tl.constexpr,
+    IS_E5M2: tl.constexpr,
+    HAS_NAN: tl.constexpr,
+):
+    """8-bit floats of x under a scale that broadcasts to it."""
+    x = x.to(tl.float32)
+    reciprocal = tl.div_rn(1.0, scale)
+    scaled = x * reciprocal
+    # A given scale of zero or Inf makes no NaN; only the input's own are stored.
+    scaled = tl.where(scaled != scaled, 0.0, scaled)
+    scaled = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
+    if HAS_NAN:
+        scaled = tl.where(x != x, float("nan"), scaled)
+    scaled = tl.where(reciprocal != reciprocal, 0.0, scaled)
+    if IS_E5M2:
+        stored = scaled.to(tl.float8e5)
+    else:
+        stored = scaled.to(tl.float8e4nv)
+    return stored

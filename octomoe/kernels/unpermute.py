@@ -1,0 +1,80 @@
+"""Unpermute: ``y[t] = sum over a of weights[t, a] * y_slots[slot_of_choice[t, a]]``.
+
+Bound by bytes: every slot is read once. Sums are float32, over the choices of a token in their
+order, each product rounded before it is added: the kernel is compiled without fused multiply-add.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octomoe.core.routing import Routing
+from octomoe.tune.configs import PermuteConfig
+from octomoe.tune.lookup import permute_config
+
+
+@triton.jit
+def _unpermute_kernel(
+    y_ptr,
+    weights_ptr,
+    slot_of_choice_ptr,
+    out_ptr,
+    num_columns,
+    num_choices,
+    y_stride_row,
+    y_stride_column,
+    weights_stride_token,
+    weights_stride_choice,
+    HAS_WEIGHTS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    num_column_tiles = tl.cdiv(num_columns, TILE_COLUMNS)
+    token = (tl.program_id(0) // num_column_tiles).to(tl.int64)
+    column = tl.program_id(0) % num_column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    is_inside = column < num_columns
+    total = tl.zeros([TILE_COLUMNS], tl.float32)
+    for choice in tl.range(0, num_choices, loop_unroll_factor=UNROLL):
+        slot = tl.load(slot_of_choice_ptr + token * num_choices + choice).to(tl.int64)
+        y_offset = slot * y_stride_row + column.to(tl.int64) * y_stride_column
+        row = tl.load(y_ptr + y_offset, mask=is_inside & (slot >= 0), other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            weight_offset = token * weights_stride_token + choice * weights_stride_choice
+            row = row * tl.load(weights_ptr + weight_offset).to(tl.float32)
+            # The weight of a dropped choice may be NaN.
+            row = tl.where(slot >= 0, row, 0.0)
+        total += row
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * num_columns + column, out, mask=is_inside)
+
+
+def unpermute(
+    y: Tensor,
+    routing: Routing,
+    weights: Tensor | None = None,
+    *,
+    config: PermuteConfig | None = None,
+) -> Tensor:
+    """Combine slots ``[S, D]`` into tokens ``[T, D]``; see `octomoe.unpermute`."""
+    num_columns = y.shape[1]
+    out = torch.empty((routing.num_tokens, num_columns), dtype=y.dtype, device=y.device)
+    if out.numel() == 0:
+        return out
+    config = config or permute_config(num_columns, y.dtype.itemsize)
+    _unpermute_kernel[(routing.num_tokens * triton.cdiv(num_columns, config.columns),)](
+        y,
+        y if weights is None else weights,
+        routing.slot_of_choice_TA,
+        out,
+        num_columns,
+        routing.num_choices,
+        *y.stride(),
+        *((0, 0) if weights is None else weights.stride()),
+        HAS_WEIGHTS=weights is not None,
+        TILE_COLUMNS=config.columns,
+        UNROLL=8,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+    return out

@@ -1,0 +1,1 @@
+"""What a kernel may be told: configurations, and which one to take for a problem."""
