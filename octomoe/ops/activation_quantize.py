@@ -40,7 +40,7 @@ def activation_quantize(
         ValueError: h has an odd number of columns under a gate, or scale does not fit.
         NotImplementedError: the backend cannot run this.
 
-    >>> import octomoe
+    >>> import torch, octomoe
     >>> h = torch.tensor([[0.0, 2.0, 5.0, 1.0]])
     >>> octomoe.activation_quantize(h, octomoe.SILU, octomoe.FP8_ROW).shape
     torch.Size([1, 2])

@@ -68,7 +68,7 @@ def fused_moe(
         ValueError: a shape, device, id or format pair does not fit.
         NotImplementedError: the backend cannot run this.
 
-    >>> import octomoe
+    >>> import torch, octomoe
     >>> experts = octomoe.ExpertWeights(w13=torch.randn(4, 64, 32), w2=torch.randn(4, 32, 32))
     >>> experts = octomoe.quantize_experts(experts, octomoe.MXFP8)
     >>> weights, ids = torch.rand(5, 2), torch.randint(4, (5, 2))

@@ -33,7 +33,7 @@ def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> 
             device, or shares scales between rows.
         NotImplementedError: the backend cannot run this.
 
-    >>> import octomoe
+    >>> import torch, octomoe
     >>> routing = octomoe.build_routing(torch.tensor([[1], [0]]), 2)
     >>> octomoe.permute(torch.tensor([[1.0], [2.0]]), routing).tolist()
     [[2.0], [1.0]]

@@ -33,7 +33,7 @@ def requantize(
         TypeError: q is no QTensor or format no Format.
         NotImplementedError: the backend cannot run this.
 
-    >>> import octomoe
+    >>> import torch, octomoe
     >>> q = octomoe.quantize(torch.tensor([[1.0, 3.0]]), octomoe.MXFP8)
     >>> octomoe.requantize(q, octomoe.MXFP8_2D).dequantize()
     tensor([[1., 3.]])

@@ -29,7 +29,7 @@ def unpermute(
         ValueError: a shape or device does not fit the routing.
         NotImplementedError: the backend cannot run this.
 
-    >>> import octomoe
+    >>> import torch, octomoe
     >>> routing = octomoe.build_routing(torch.tensor([[1, 0]]), 2)
     >>> octomoe.unpermute(torch.tensor([[1.0], [2.0]]), routing, torch.tensor([[0.5, 1.0]]))
     tensor([[2.]])

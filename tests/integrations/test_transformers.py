@@ -177,7 +177,7 @@ def test_a_model_made_in_inference_mode_runs():
 def test_backward_is_refused_not_silently_wrong():
     model = make_model("qwen3_moe", "octomoe")
     loss = model(make_tokens()).logits.sum()
-    with pytest.raises(RuntimeError, match=r"octomoe\.fused_moe\.default but no autograd formula"):
+    with pytest.raises(NotImplementedError, match="fused_moe: backward reached this op"):
         loss.backward()
 
 

@@ -52,6 +52,11 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
+def _without_an_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _forgets_what_modules_there_are():
     dispatch._has_module.cache_clear()
     yield
@@ -101,10 +106,19 @@ def test_quantize_experts_passes_its_backend_on(assert_same_bits):
 
 def test_auto_takes_the_first_that_is_usable(monkeypatch):
     pretend(monkeypatch)
-    assert dispatch.choose("quantize", "auto", CPU) == "sm90"
+    assert dispatch.choose("quantize", "auto", CUDA) == "sm90"
+    # A CPU has no other, though Triton's interpreter may run kernels there when asked to.
+    assert dispatch.choose("quantize", "auto", CPU) == "reference"
     pretend(monkeypatch, sm90="no")
-    assert dispatch.choose("quantize", "auto", CPU) == "triton"
+    assert dispatch.choose("quantize", "auto", CUDA) == "triton"
     pretend(monkeypatch, sm90="no", triton="no")
+    assert dispatch.choose("quantize", "auto", CUDA) == "reference"
+
+
+def test_the_interpreter_runs_kernels_when_asked_to(monkeypatch):
+    assert "needs a GPU (or TRITON_INTERPRET=1)" in dispatch.why_not("quantize", "triton", CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.why_not("quantize", "triton", CPU) is None
     assert dispatch.choose("quantize", "auto", CPU) == "reference"
 
 
