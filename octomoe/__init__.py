@@ -36,17 +36,20 @@ from octomoe.core.formats import (
 )
 from octomoe.core.layouts import COMPACT, GEMM_READY, INTERLEAVED, ScaleLayout
 from octomoe.core.qtensor import QTensor
-from octomoe.core.routing import Routing, append_shared_experts
+from octomoe.core.routing import BlockRouting, Routing, append_shared_experts
+from octomoe.ops.activation_bwd import activation_bwd
 from octomoe.ops.activation_quantize import activation_quantize
 from octomoe.ops.build_routing import build_routing
 from octomoe.ops.dequantize import dequantize
 from octomoe.ops.fused_moe import fused_moe
 from octomoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from octomoe.ops.moe_align_block_size import moe_align_block_size
 from octomoe.ops.permute import permute
 from octomoe.ops.quantize import quantize
 from octomoe.ops.quantize_experts import quantize_experts
 from octomoe.ops.requantize import requantize
 from octomoe.ops.unpermute import unpermute
+from octomoe.ops.unpermute_bwd import unpermute_bwd
 from octomoe.version import VERSION as __version__
 
 _LAZY = {
@@ -91,6 +94,7 @@ __all__ = [
     "UP_GATE",
     "Activation",
     "ActivationKind",
+    "BlockRouting",
     "Element",
     "ExpertWeights",
     "Format",
@@ -102,6 +106,7 @@ __all__ = [
     "ScaleLayout",
     "Target",
     "__version__",
+    "activation_bwd",
     "activation_quantize",
     "append_shared_experts",
     "build_routing",
@@ -112,11 +117,13 @@ __all__ = [
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "interleaved",
+    "moe_align_block_size",
     "permute",
     "quantize",
     "quantize_experts",
     "quantize_model",
     "requantize",
     "unpermute",
+    "unpermute_bwd",
     "verify_checkpoint",
 ]

@@ -317,6 +317,9 @@ def _steps(x: Tensor) -> list[int]:
 
 
 def _bytes(x: Tensor) -> Tensor:
+    if x.is_floating_point() and x.itemsize > 1:
+        # A NaN may have any payload: a CPU and a GPU make different ones.
+        x = torch.where(x.isnan(), torch.nan, x)
     # A copy, since an axis of one element may have any stride and still be contiguous.
     return torch.zeros_like(x, memory_format=torch.contiguous_format).copy_(x).view(torch.uint8)
 

@@ -1,6 +1,7 @@
 """What the machine can do, as a value: asked once, passed along, overridable by argument."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -42,3 +43,9 @@ class Target:
             memory=properties.total_memory,
             is_hip=is_hip,
         )
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a device, 0 where there are none; asked once."""
+    return Target.of(device).sms

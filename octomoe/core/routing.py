@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from octomoe.errors import refusal
+
+_MAX_CHOICES = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,26 @@ class Routing:
         return torch.div(self.choice_of_slot_S, max(self.num_choices, 1), rounding_mode="floor")
 
 
+@dataclass(frozen=True, eq=False)
+class BlockRouting:
+    """Choices sorted by expert and cut into blocks of one expert each, as vLLM's and SGLang's
+    kernels take them. For ``topk_ids = [[2, 0], [0, -1]]``, three experts and blocks of two::
+
+        sorted_token_ids       = [1, 2, 0, 4, 4, 4]  4 is no choice
+        expert_ids             = [0, 2, -1]
+        num_tokens_post_padded = [4]
+
+    Attributes:
+        sorted_token_ids: ``[S]`` int32; numbers of choices, ``T * A`` where a row has none.
+        expert_ids: ``[S / block size]`` int32; expert of each block, -1 past the last expert.
+        num_tokens_post_padded: ``[1]`` int32; rows that belong to an expert, padding included.
+    """
+
+    sorted_token_ids: Tensor
+    expert_ids: Tensor
+    num_tokens_post_padded: Tensor
+
+
 def slot_capacity(num_tokens: int, num_choices: int, num_experts: int, align: int) -> int:
     """Slots that hold any routing of this shape: known without looking at the ids.
 
@@ -116,3 +139,104 @@ def append_shared_experts(
         torch.cat([topk_weights, weights], dim=1),
         torch.cat([topk_ids, ids.expand(num_tokens, num_shared)], dim=1),
     )
+
+
+def routing_of_slots(slot_of_choice_TA: Tensor, num_slots: int) -> Routing:
+    """The routing that puts every choice into the slot given for it.
+
+    Experts are not told apart: one owns all slots. Slots past the last one are dropped, so that no
+    map makes anyone read or write past a tensor's end.
+
+    Args:
+        slot_of_choice_TA: ``[T, A]`` int; no slot twice, -1 for none.
+        num_slots: S.
+
+    Raises:
+        ValueError: there are more choices than int32 can number.
+
+    >>> routing_of_slots(torch.tensor([[2, 0], [1, 3]]), num_slots=3).choice_of_slot_S.tolist()
+    [1, 2, 0]
+    """
+    num_choices = slot_of_choice_TA.numel()
+    if num_choices > _MAX_CHOICES:
+        got, needs = f"holds {num_choices} choices", f"at most {_MAX_CHOICES}"
+        do = "split the batch"
+        raise ValueError(refusal("routing_of_slots", "slot_of_choice_TA", got, needs, do))
+    device = slot_of_choice_TA.device
+    is_held_TA = (slot_of_choice_TA >= 0) & (slot_of_choice_TA < num_slots)
+    # The extra last element takes what dropped choices write, and is cut off.
+    slot_C = torch.where(is_held_TA, slot_of_choice_TA, num_slots).reshape(-1).long()
+    choice_C = torch.arange(num_choices, dtype=torch.int32, device=device)
+    choice_of_slot = torch.full((num_slots + 1,), -1, dtype=torch.int32, device=device)
+    choice_of_slot = choice_of_slot.scatter(0, slot_C, choice_C)[:num_slots]
+    return Routing(
+        # Not made from a list, which would wait for the device.
+        expert_offsets=torch.arange(2, dtype=torch.int32, device=device) * num_slots,
+        slot_of_choice_TA=torch.where(is_held_TA, slot_of_choice_TA, -1).int().contiguous(),
+        choice_of_slot_S=choice_of_slot,
+    )
+
+
+def slots_of_mask(mask_TE: Tensor) -> Tensor:
+    """``[T, E]`` int32: the slot of every token at every expert of a mask, -1 where it has none.
+
+    Slots are in the order of the experts, those of one expert in the order of the tokens.
+
+    >>> slots_of_mask(torch.tensor([[True, True], [False, True], [True, False]])).tolist()
+    [[0, 2], [-1, 3], [1, -1]]
+    """
+    is_routed_TE = mask_TE.bool()
+    counts_E = is_routed_TE.sum(dim=0)
+    first_slot_E = counts_E.cumsum(0) - counts_E
+    slot_TE = first_slot_E + is_routed_TE.cumsum(0) - 1
+    return torch.where(is_routed_TE, slot_TE, -1).int()
+
+
+def slots_of_ids(ids_TA: Tensor) -> Tensor:
+    """``[T, A]`` int32: the slot of every choice, sorted by id, then by choice; -1 for ids below 0.
+
+    It is what `octomoe.build_routing` does, for a number of experts that nobody has told.
+
+    >>> slots_of_ids(torch.tensor([[7, 0], [0, -1]])).tolist()
+    [[2, 0], [1, -1]]
+    """
+    id_C = ids_TA.reshape(-1)
+    last = torch.iinfo(id_C.dtype).max
+    choice_of_slot_C = torch.where(id_C < 0, last, id_C).argsort(stable=True)
+    slot_C = torch.arange(id_C.shape[0], device=id_C.device)
+    slot_of_choice_C = torch.zeros_like(slot_C).scatter(0, choice_of_slot_C, slot_C)
+    return torch.where(id_C < 0, -1, slot_of_choice_C).int().view(ids_TA.shape)
+
+
+def slots_of_sorted_chunks(chunk_sizes: Tensor, chunk_order: Tensor, num_rows: int) -> Tensor:
+    """``[T, 1]`` int32: where each row goes when the chunks it lies in are put in another order.
+
+    Rows past the last chunk stay where they are.
+
+    Args:
+        chunk_sizes: ``[chunks]`` int, how many rows each has, in the order in which they lie.
+        chunk_order: ``[chunks]`` int, which chunk comes first, second, ...
+        num_rows: T.
+
+    >>> slots_of_sorted_chunks(torch.tensor([1, 2]), torch.tensor([1, 0]), 4).flatten().tolist()
+    [2, 0, 1, 3]
+    """
+    sizes, order = chunk_sizes.long(), chunk_order.long()
+    ends = sizes.cumsum(0)
+    sorted_sizes = sizes[order]
+    starts = torch.zeros_like(ends).scatter(0, order, sorted_sizes.cumsum(0) - sorted_sizes)
+    row_T = torch.arange(num_rows, device=sizes.device)
+    chunk_T = torch.searchsorted(ends, row_T, right=True)
+    # How far each chunk moves; the extra last element is for rows past the chunks.
+    shifts = pad(starts - (ends - sizes), (0, 1))
+    return (row_T + shifts[chunk_T]).int().unsqueeze(1)
+
+
+def padding_before(counts_E: Tensor, align: int) -> Tensor:
+    """``[E]`` int64: slots of no token before each expert's, if all start at multiples of `align`.
+
+    >>> padding_before(torch.tensor([3, 4, 0, 1]), align=4).tolist()
+    [0, 1, 1, 1]
+    """
+    padding_E = -counts_E.long() % align
+    return padding_E.cumsum(0) - padding_E

@@ -34,16 +34,20 @@ def _unpermute_kernel(
     token = (tl.program_id(0) // num_column_tiles).to(tl.int64)
     column = tl.program_id(0) % num_column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     is_inside = column < num_columns
+    # Outside the loop: within, ptxas of Triton 3.9 spilled a register.
+    y_ptr += column.to(tl.int64) * y_stride_column
     total = tl.zeros([TILE_COLUMNS], tl.float32)
     for choice in tl.range(0, num_choices, loop_unroll_factor=UNROLL):
         slot = tl.load(slot_of_choice_ptr + token * num_choices + choice).to(tl.int64)
-        y_offset = slot * y_stride_row + column.to(tl.int64) * y_stride_column
-        row = tl.load(y_ptr + y_offset, mask=is_inside & (slot >= 0), other=0.0).to(tl.float32)
+        # Of one element, since Triton 3.9's interpreter cannot spread the truth of a scalar.
+        has_slot = slot + tl.zeros([1], tl.int64) >= 0
+        row = tl.load(y_ptr + slot * y_stride_row, mask=is_inside & has_slot, other=0.0)
+        row = row.to(tl.float32)
         if HAS_WEIGHTS:
             weight_offset = token * weights_stride_token + choice * weights_stride_choice
             row = row * tl.load(weights_ptr + weight_offset).to(tl.float32)
             # The weight of a dropped choice may be NaN.
-            row = tl.where(slot >= 0, row, 0.0)
+            row = tl.where(has_slot, row, 0.0)
         total += row
     out = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * num_columns + column, out, mask=is_inside)

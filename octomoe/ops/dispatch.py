@@ -26,10 +26,13 @@ OPS: Final = (
     "dequantize",
     "requantize",
     "build_routing",
+    "moe_align_block_size",
     "permute",
     "unpermute",
+    "unpermute_bwd",
     "grouped_gemm",
     "activation_quantize",
+    "activation_bwd",
     "fused_moe",
 )
 

@@ -13,7 +13,13 @@ from octomoe.ops.register import register
 from octomoe.ops.schema import put_together, take_apart
 
 
-def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> Tensor | QTensor:
+def permute(
+    x: Tensor | QTensor,
+    routing: Routing,
+    *,
+    layout: ScaleLayout | None = None,
+    backend: str = "auto",
+) -> Tensor | QTensor:
     """Bring rows into slot order, payload and scales together: ``y[s] = x[token_of_slot[s]]``.
 
     Bytes are copied, never recomputed: permuting a quantised tensor equals quantising the permuted
@@ -23,14 +29,15 @@ def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> 
         x: ``[T, D]``, any dtype, or a QTensor with one scale per row, per part of a row, or for
             the whole tensor.
         routing: from `build_routing`.
+        layout: of the result's scales; None keeps that of x.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"sm90"``.
 
     Returns:
-        ``[S, D]`` of the same dtype, or a QTensor of the same format and layout.
+        ``[S, D]`` of the same dtype, or a QTensor of the same format.
 
     Raises:
         ValueError: x has another number of rows than the routing has tokens, lies on another
-            device, or shares scales between rows.
+            device, shares scales between rows, or has none although a layout is given.
         NotImplementedError: the backend cannot run this.
 
     >>> import torch, octomoe
@@ -41,20 +48,25 @@ def permute(x: Tensor | QTensor, routing: Routing, *, backend: str = "auto") -> 
     check_routing("permute", routing)
     check_rows("permute", "x", x, routing.num_tokens, "tokens")
     check_same_device("permute", routing.expert_offsets.device, x=x)
-    index = (routing.expert_offsets, routing.slot_of_choice_TA, routing.choice_of_slot_S)
-    data, scale, format, layout = take_apart(x)
+    routed = (routing.expert_offsets, routing.slot_of_choice_TA, routing.choice_of_slot_S)
+    data, scale, format, layout_in = take_apart(x)
     if not isinstance(x, QTensor):
-        return _permute_op(data, None, format, layout, *index, routing.align, backend)[0]
+        if layout is not None:
+            needs = "None for a tensor without scales"
+            raise ValueError(refusal("permute", "layout", f"is {layout}", needs))
+        return _permute_op(data, None, "", layout_in, *routed, routing.align, layout_in, backend)[0]
     rows = x.format.block[1]
     if rows not in (1, ALL) or (rows == ALL and x.format.block[2] != ALL):
         needs = "a scale per row, per part of a row, or for the whole tensor"
         do = "requantize it, for instance to fp8_group128 or mxfp8"
         raise ValueError(refusal("permute", "x", f"is {x.format.name}", needs, do))
+    layout = x.layout if layout is None else ScaleLayout(layout)
+    options = (*routed, routing.align, str(layout), backend)
     if rows == ALL:
-        data = _permute_op(data, None, "", layout, *index, routing.align, backend)[0]
-        return QTensor(data, x.scale, x.format, x.layout)
-    data, scale = _permute_op(data, scale, format, layout, *index, routing.align, backend)
-    return QTensor(data, scale, x.format, x.layout)
+        data = _permute_op(data, None, "", layout_in, *options)[0]
+        return QTensor(data, x.scale, x.format, x.layout).relayout(layout)
+    data, scale = _permute_op(data, scale, format, layout_in, *options)
+    return QTensor(data, scale, x.format, layout)
 
 
 @register("permute")
@@ -67,11 +79,13 @@ def _permute_op(
     slot_of_choice: Tensor,
     choice_of_slot: Tensor,
     align: int,
+    layout_out: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     routing = Routing(expert_offsets, slot_of_choice, choice_of_slot, align)
     run = implementation("permute", backend, data.device)
-    y = run(put_together(data, scale, format, layout), routing)
+    x = put_together(data, scale, format, layout)
+    y = run(x, routing, layout=ScaleLayout(layout_out))
     return (y.data, y.scale) if isinstance(y, QTensor) else (y, data.new_empty(0))
 
 
@@ -85,10 +99,11 @@ def _(
     slot_of_choice: Tensor,
     choice_of_slot: Tensor,
     align: int,
+    layout_out: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (choice_of_slot.shape[0], data.shape[1])
     if scale is None:
         return data.new_empty(shape), data.new_empty(0)
-    scale_shape = packed_scale_shape(Format.parse(format), ScaleLayout(layout), shape)
+    scale_shape = packed_scale_shape(Format.parse(format), ScaleLayout(layout_out), shape)
     return data.new_empty(shape), scale.new_empty(scale_shape)

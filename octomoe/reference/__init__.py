@@ -1,5 +1,6 @@
 """Every op in plain torch, on any device: the meaning that kernels must match."""
 
+from octomoe.reference.activation_bwd import activate_bwd, activation_bwd
 from octomoe.reference.activation_quantize import activate, activation_quantize
 from octomoe.reference.build_routing import build_routing
 from octomoe.reference.dequantize import dequantize
@@ -12,6 +13,8 @@ from octomoe.reference.unpermute import unpermute
 
 __all__ = [
     "activate",
+    "activate_bwd",
+    "activation_bwd",
     "activation_quantize",
     "block_amax",
     "build_routing",

@@ -15,17 +15,30 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     """``[S, 2F] -> [S, F]`` if gated, else ``[S, F] -> [S, F]``; float32."""
     h = h.to(torch.float32)
     if not activation.gated:
-        return _nonlinear(h, activation)
+        return nonlinear(h, activation)
     gate_SF, up_SF = h.chunk(2, dim=-1)
     limit = activation.limit
     if limit is not None:
         up_SF = up_SF.clamp(-limit, limit)
     if limit is not None and activation.limit_on == LimitOn.INPUT:
         gate_SF = gate_SF.clamp(max=limit)
-    gate_SF = _nonlinear(gate_SF, activation)
+    gate_SF = nonlinear(gate_SF, activation)
     if limit is not None and activation.limit_on == LimitOn.OUTPUT:
         gate_SF = gate_SF.clamp(max=limit)
     return gate_SF * (up_SF + activation.up_offset)
+
+
+def nonlinear(x: Tensor, activation: Activation) -> Tensor:
+    """The function of the gate, or of h without one: no limit, no up."""
+    match activation.kind:
+        case ActivationKind.SILU:
+            return x * torch.sigmoid(activation.alpha * x)
+        case ActivationKind.GELU:
+            return gelu(x)
+        case ActivationKind.GELU_TANH:
+            return gelu(x, approximate="tanh")
+        case ActivationKind.RELU2:
+            return relu(x).square()
 
 
 def activation_quantize(
@@ -38,15 +51,3 @@ def activation_quantize(
 ) -> QTensor:
     """``quantize(act(h))`` with no rounding in between; see `octomoe.activation_quantize`."""
     return quantize(activate(h, activation), format, layout=layout, scale=scale)
-
-
-def _nonlinear(x: Tensor, activation: Activation) -> Tensor:
-    match activation.kind:
-        case ActivationKind.SILU:
-            return x * torch.sigmoid(activation.alpha * x)
-        case ActivationKind.GELU:
-            return gelu(x)
-        case ActivationKind.GELU_TANH:
-            return gelu(x, approximate="tanh")
-        case ActivationKind.RELU2:
-            return relu(x).square()

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from octomoe.core.formats import ALL
-from octomoe.core.layouts import pack
+from octomoe.core.layouts import ScaleLayout, pack
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 
 
-def permute(x: Tensor | QTensor, routing: Routing) -> Tensor | QTensor:
+def permute(
+    x: Tensor | QTensor, routing: Routing, *, layout: ScaleLayout | None = None
+) -> Tensor | QTensor:
     """Rows ``[T, D]`` in the order of the slots, ``[S, D]``; see `octomoe.permute`."""
     token_S = routing.token_of_slot_S.long()
     if isinstance(x, Tensor):
@@ -22,7 +24,8 @@ def permute(x: Tensor | QTensor, routing: Routing) -> Tensor | QTensor:
     is_padding_S1 = (token_S < 0).unsqueeze(1)
     smallest = torch.tensor(x.format.min_scale, device=x.device).to(scale.dtype)
     scale = torch.where(is_padding_S1, _as_bytes(smallest), _as_bytes(scale)).view(scale.dtype)
-    return QTensor(data, pack(scale, x.layout), x.format, x.layout)
+    layout = x.layout if layout is None else layout
+    return QTensor(data, pack(scale, layout), x.format, layout)
 
 
 def _take_rows(x_TD: Tensor, token_S: Tensor) -> Tensor:

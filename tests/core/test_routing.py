@@ -1,5 +1,6 @@
 """Claims: a Routing refuses maps of another type; its derived numbers follow from its maps; the
-slot capacity holds every routing of a shape, no slot more; every token chooses the shared experts.
+slot capacity holds every routing of a shape, no slot more; every token chooses the shared experts;
+slots follow from a mask, from ids and from an order of chunks as naive loops say.
 """
 
 from itertools import product
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octomoe.core.experts import ExpertWeights
-from octomoe.core.routing import Routing, append_shared_experts, slot_capacity
+from octomoe.core.routing import (
+    Routing,
+    append_shared_experts,
+    padding_before,
+    routing_of_slots,
+    slot_capacity,
+    slots_of_ids,
+    slots_of_mask,
+    slots_of_sorted_chunks,
+)
 from octomoe.reference import fused_moe
 
 # topk_ids -> offsets, slot_of_choice_TA, choice_of_slot_S, token_of_slot_S; three experts, worked
@@ -149,3 +159,67 @@ def test_shared_experts_are_added_to_every_token():
     )
     # The same float32 sum, with the factor applied before or after it.
     torch.testing.assert_close(layer(slice(0, 4), weights, ids, 2.5), routed_TD + shared_TD)
+
+
+@pytest.mark.parametrize("num_slots", [0, 3, 7, 9])
+def test_routing_of_slots_drops_what_has_no_slot(num_slots: int):
+    slots_TA = torch.tensor([[5, -1], [0, 2], [6, 1], [-1, -1]])
+    routing = routing_of_slots(slots_TA, num_slots)
+    tokens = {0: 1, 1: 2, 2: 1, 5: 0, 6: 2}
+    assert routing.num_slots == num_slots
+    assert routing.token_of_slot_S.tolist() == [tokens.get(s, -1) for s in range(num_slots)]
+    expected_TA = torch.where(slots_TA < num_slots, slots_TA, -1)
+    assert torch.equal(routing.slot_of_choice_TA, expected_TA.int())
+    assert routing.expert_offsets.tolist() == [0, num_slots]
+
+
+def test_more_choices_than_int32_can_number_are_refused():
+    slots_TA = torch.empty(2**16, 2**15, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="needs at most 2147483647; split the batch"):
+        routing_of_slots(slots_TA, 8)
+
+
+@given(data=st.data(), num_tokens=st.integers(0, 6), num_experts=st.integers(0, 4))
+def test_slots_of_mask_equal_a_naive_loop(data: st.DataObject, num_tokens: int, num_experts: int):
+    cells = num_tokens * num_experts
+    bits = data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))
+    mask_TE = torch.tensor(bits, dtype=torch.bool).view(num_tokens, num_experts)
+    expected_TE = torch.full((num_tokens, num_experts), -1, dtype=torch.int32)
+    routed = [(t, e) for e in range(num_experts) for t in range(num_tokens) if mask_TE[t, e]]
+    for slot, (t, e) in enumerate(routed):
+        expected_TE[t, e] = slot
+    for dtype in (torch.bool, torch.int32, torch.int64):
+        assert torch.equal(slots_of_mask(mask_TE.to(dtype)), expected_TE)
+
+
+@given(ids=st.lists(st.integers(-2, 5), max_size=12))
+def test_slots_of_ids_equal_a_naive_loop(ids: list[int]):
+    ids_TA = torch.tensor(ids[: len(ids) // 2 * 2], dtype=torch.int32).view(-1, 2)
+    flat = ids_TA.flatten().tolist()
+    by_expert = sorted((c for c in range(len(flat)) if flat[c] >= 0), key=lambda c: flat[c])
+    expected = [by_expert.index(c) if c in by_expert else -1 for c in range(len(flat))]
+    assert slots_of_ids(ids_TA).flatten().tolist() == expected
+    assert slots_of_ids(ids_TA).shape == ids_TA.shape
+
+
+@given(data=st.data(), sizes=st.lists(st.integers(0, 4), max_size=6), num_rest=st.integers(0, 3))
+def test_slots_of_sorted_chunks_equal_a_naive_loop(
+    data: st.DataObject, sizes: list[int], num_rest: int
+):
+    order = data.draw(st.permutations(range(len(sizes))))
+    num_rows = sum(sizes) + num_rest
+    chunks = list(torch.arange(num_rows).split([*sizes, num_rest]))
+    row_of_slot = torch.cat([*(chunks[c] for c in order), chunks[-1]]).tolist()
+    slots_T1 = slots_of_sorted_chunks(
+        torch.tensor(sizes, dtype=torch.int32), torch.tensor(order, dtype=torch.int32), num_rows
+    )
+    assert slots_T1.dtype == torch.int32
+    assert slots_T1.flatten().tolist() == [row_of_slot.index(row) for row in range(num_rows)]
+
+
+@given(counts=st.lists(st.integers(0, 40), max_size=8), align=st.sampled_from([1, 3, 16, 128]))
+def test_padding_before_brings_every_expert_to_a_multiple(counts: list[int], align: int):
+    padding_E = padding_before(torch.tensor(counts, dtype=torch.int32), align)
+    padded = [(count + align - 1) // align * align for count in counts]
+    expected = [sum(padded[:e]) - sum(counts[:e]) for e in range(len(counts))]
+    assert padding_E.tolist() == expected

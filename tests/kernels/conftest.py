@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +16,26 @@ def kernel_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def _silent_arithmetic() -> Iterator[None]:
+    """Say nothing of 1 / 0 and 0 * Inf, as the hardware does; the interpreter's NumPy warns.
+
+    Kernels compute them in the lanes of a tile that lie past the end, and store nothing there.
+    """
+    with numpy.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def interpreter_cast() -> Callable[..., object]:
+    """How Triton's interpreter itself converts floats."""
+    from triton.runtime import interpreter
+
+    return interpreter._convert_float
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _true_casts() -> Iterator[None]:
+def _true_casts(interpreter_cast: Callable[..., object]) -> Iterator[None]:
     """Round as the hardware does.
 
     Triton's interpreter (3.6 to 3.9) loses the carry when rounding to an 8-bit float moves a number
@@ -26,11 +45,31 @@ def _true_casts() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    with pytest.MonkeyPatch.context() as patch:
+        corrected = _rounding(interpreter_cast)
+        patch.setattr("triton.runtime.interpreter._convert_float", corrected)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loop_bounds() -> Iterator[None]:
+    """Let a loop run up to an argument: Triton 3.6 makes an int of an array of one element.
+
+    NumPy 2.4 no longer does. Triton 3.9 asks for the element.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
     from triton.runtime import interpreter
 
-    plain = interpreter._convert_float
+    plain = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", _rounding(plain))
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         yield
 
 
@@ -73,3 +112,44 @@ def assert_equals_reference(assert_same_bits) -> Callable[..., None]:
             assert_same_bits(a, e)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def assert_equal_but_for_exp() -> Callable[[Tensor | QTensor, Tensor | QTensor], None]:
+    """Compare what an exp or an erf went into: Triton and torch each round these in their own way.
+
+    For |x| up to 12 they agree to 1e-6, most of it from rounding ``x * log2(e)``, and so do exact
+    scales. Power-of-two scales are the same: no magnitude in these tests is so close to a boundary.
+    A byte is another one, next to it, only where a value lies as close to a tie: two in 100000 do,
+    since ties lie an eighth apart, and some more where the terms of a gradient cancel. 0.1 %, and
+    one in a small tensor, leaves room. Gradients not quantised are compared with the tensor's
+    largest, since they may cancel.
+    """
+
+    def check(actual: Tensor | QTensor, expected: Tensor | QTensor) -> None:
+        if isinstance(expected, Tensor):
+            assert isinstance(actual, Tensor)
+            assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
+            largest = expected.float().abs().amax().item() if expected.numel() else 0.0
+            step = torch.finfo(expected.dtype).eps if expected.dtype != torch.float32 else 0.0
+            torch.testing.assert_close(actual, expected, rtol=step, atol=1e-6 * largest)
+            return
+        assert isinstance(actual, QTensor)
+        assert (actual.format, actual.layout) == (expected.format, expected.layout)
+        scale, expected_scale = actual.scale.float(), expected.scale.float()
+        is_exact = expected.format.rounding == "exact"
+        tolerance = 1e-6 if is_exact else 0.0
+        torch.testing.assert_close(scale, expected_scale, rtol=tolerance, atol=0, equal_nan=True)
+        is_nan = expected.data.float().isnan()
+        assert torch.equal(actual.data.float().isnan(), is_nan)
+        steps = (_order(actual.data) - _order(expected.data)).abs()[~is_nan]
+        assert steps.numel() == 0 or steps.max() <= 1
+        assert steps.count_nonzero() <= 1 + 1e-3 * steps.numel()
+
+    return check
+
+
+def _order(data: Tensor) -> Tensor:
+    """Bytes of 8-bit floats as integers that are ordered like the numbers; both zeros are 0."""
+    code = data.view(torch.uint8).int()
+    return torch.where(code < 0x80, code, 0x80 - code)

@@ -154,7 +154,7 @@ def samples():
     bias_EN, offsets = torch.randn(4, 64), routing.expert_offsets
     experts = ExpertWeights(w13=torch.randn(4, 128, 96), w2=torch.randn(4, 96, 64))
     mx = quantize_experts(experts, MXFP8)
-    strided_TD = x_TD.T.contiguous().T
+    half_TD, strided_TD = torch.randn(9, 48), x_TD.T.contiguous().T
     strided = QTensor(x.data.T.contiguous().T, x.compact_scale, MXFP8)
     one, float32 = torch.ones(1), torch.float32
     f32_w = (*take_apart(experts.w13), *take_apart(experts.w2))
@@ -184,17 +184,29 @@ def samples():
             "map": (ids_TA, 2, 8, torch.tensor([0, -1, 1, -1]), "auto"),
             "zero tokens": (none_TA, 4, 8, None, "auto"),
         },
+        "moe_align_block_size": {
+            "blocks": (ids_TA, 8, 4, None, "auto"),
+            "map": (ids_TA, 8, 2, torch.tensor([0, -1, 1, -1]), "auto"),
+            "zero tokens": (none_TA, 8, 4, None, "auto"),
+        },
         "permute": {
-            "plain": (*take_apart(x_TD), *index, 4, "auto"),
-            "rows": (*take_apart(x), *index, 4, "auto"),
-            "zero tokens": (*take_apart(none_TD), *no_index, 1, "auto"),
-            "strided": (*take_apart(strided_TD), *index, 4, "auto"),
+            "plain": (*take_apart(x_TD), *index, 4, COMPACT, "auto"),
+            "rows": (*take_apart(x), *index, 4, GEMM_READY, "auto"),
+            "relayout": (*take_apart(x), *index, 4, INTERLEAVED, "auto"),
+            "zero tokens": (*take_apart(none_TD), *no_index, 1, COMPACT, "auto"),
+            "strided": (*take_apart(strided_TD), *index, 4, COMPACT, "auto"),
         },
         "unpermute": {
             "plain": (x_SD, *index, 4, None, "auto"),
             "weights": (x_SD.bfloat16(), *index, 4, weights_TA, "auto"),
             "zero tokens": (none_TD, *no_index, 1, None, "auto"),
             "strided": (dy_SN.T.contiguous().T, *index, 4, None, "auto"),
+        },
+        "unpermute_bwd": {
+            "plain": (x_TD, x_SD, *index, 4, weights_TA, "auto"),
+            "half": (x_TD.half(), x_SD.bfloat16(), *index, 4, weights_TA.bfloat16(), "auto"),
+            "zero tokens": (none_TD, none_TD, *no_index, 1, torch.rand(0, 2), "auto"),
+            "strided": (strided_TD, x_SD.T.contiguous().T, *index, 4, weights_TA, "auto"),
         },
         "grouped_gemm": {
             "plain": (*plain_x, *plain_w, offsets, bias_EN, torch.bfloat16, "auto"),
@@ -212,6 +224,12 @@ def samples():
             "rows": (x_TD, "silu", "mxfp8", GEMM_READY, None, "auto"),
             "ungated": (x_TD, "relu2:ungated", "fp8_tensor", COMPACT, one.view(1, 1), "auto"),
             "zero tokens": (none_TD, "gelu", "fp8_row", COMPACT, None, "auto"),
+        },
+        "activation_bwd": {
+            "plain": (half_TD, x_TD, "silu", "", COMPACT, torch.bfloat16, "auto"),
+            "rows": (half_TD, x_TD, "gelu", "mxfp8", GEMM_READY, float32, "auto"),
+            "ungated": (x_TD, strided_TD, "relu2:ungated", "", COMPACT, float32, "auto"),
+            "zero tokens": (none_TD, none_TD, "gelu:ungated", "fp8_row", COMPACT, float32, "auto"),
         },
         "fused_moe": {
             "plain": (x_TD, *f32_w, *no_biases, *routed, "", 1.0, False, None, "auto"),

@@ -14,6 +14,7 @@ from octomoe import (
     FP8_GROUP128,
     FP8_ROW,
     FP8_TENSOR,
+    GEMM_READY,
     MXFP8,
     MXFP8_2D,
     MXFP8_E5M2,
@@ -114,6 +115,19 @@ def test_one_scale_for_all_rows_stays(format, layout, device, draw_ids, assert_s
     assert moved.layout == layout
 
 
+@pytest.mark.parametrize("layout_out", ScaleLayout)
+@pytest.mark.parametrize("layout_in", ScaleLayout)
+@pytest.mark.parametrize("format", [FP8_TENSOR, FP8_GROUP128, MXFP8], ids=lambda f: f.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_scales_are_laid_out_as_asked(
+    case, format, layout_in, layout_out, device, draw_ids, assert_same_bits
+):
+    x_TD, routing = make_inputs(case, device, 8, draw_ids, align=8)
+    moved = permute(quantize(x_TD, format, layout=layout_in), routing, layout=layout_out)
+    assert moved.layout == layout_out
+    assert_same_bits(moved, permute(quantize(x_TD, format), routing).relayout(layout_out))
+
+
 def test_empty_slots_have_the_smallest_scale(device, draw_ids):
     x_TD, routing = make_inputs(CASES["divides nothing"], device, 6, draw_ids, align=8)
     is_empty_S = routing.choice_of_slot_S < 0
@@ -160,6 +174,16 @@ REFUSALS = {
         ValueError,
         "needs 2 rows",
         lambda: permute(quantize(X_TD[:1], FP8_ROW), ROUTING),
+    ),
+    "layout of no scales": (
+        ValueError,
+        "permute: layout is gemm_ready, but needs None for a tensor without scales",
+        lambda: permute(X_TD, ROUTING, layout=GEMM_READY),
+    ),
+    "layout": (
+        ValueError,
+        "'swizzled' is not a valid ScaleLayout",
+        lambda: permute(quantize(X_TD, FP8_ROW), ROUTING, layout="swizzled"),
     ),
     "blocks of rows": (
         ValueError,

@@ -1,0 +1,383 @@
+"""Build a routing: ``slot(choice) = offset(expert) + choices of that expert before it``.
+
+Bound by latency: a decoding step is one launch, a long prompt three. Choices before a choice in
+its own block are counted by comparing all pairs of the block, those in earlier blocks by adding up
+histograms; nothing is added atomically, so that the order is stable and every run the same.
+
+One launch: every program makes the histogram of all choices, which is cheap while they are few.
+Three launches: histograms of blocks, their sums along the blocks, slots. They need memory for
+blocks x experts counts; a block has at least half as many choices as there are experts, so that
+this is no more than the two maps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octomoe.core.routing import Routing, slot_capacity
+from octomoe.tune.configs import RoutingConfig
+from octomoe.tune.lookup import routing_config
+
+
+@triton.jit
+def _load_experts(
+    ids_ptr,
+    map_ptr,
+    choice,
+    num_choices,
+    num_columns,
+    stride_row,
+    stride_column,
+    map_stride,
+    num_global,
+    num_experts,
+    HAS_MAP: tl.constexpr,
+):
+    """Local expert of each choice as int32, `num_experts` where there is none."""
+    offset = choice // num_columns * stride_row + choice % num_columns * stride_column
+    expert = tl.load(ids_ptr + offset, mask=choice < num_choices, other=-1)
+    if HAS_MAP:
+        is_global = (expert >= 0) & (expert < num_global)
+        # An id that is no expert's may be too large for an address.
+        offset = tl.where(is_global, expert, 0).to(tl.int64) * map_stride
+        expert = tl.load(map_ptr + offset, mask=is_global, other=-1)
+    is_local = (expert >= 0) & (expert < num_experts)
+    return tl.where(is_local, expert, num_experts).to(tl.int32)
+
+
+@triton.jit
+def _rank(expert, CHOICES: tl.constexpr):
+    """How many choices of a block precede each one and are of the same expert."""
+    index = tl.arange(0, CHOICES)
+    is_before = index[None, :] < index[:, None]
+    is_same = expert[None, :] == expert[:, None]
+    return tl.sum((is_before & is_same).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _fill(choice_of_slot_ptr, first, last, step, SLOTS: tl.constexpr):
+    """Give slots ``first .. last - 1`` to no choice: a run of SLOTS in every `step`."""
+    for start in range(first, last, step):
+        slot = start + tl.arange(0, SLOTS)
+        tl.store(choice_of_slot_ptr + slot, tl.full([SLOTS], -1, tl.int32), mask=slot < last)
+
+
+@triton.jit
+def _route_kernel(
+    ids_ptr,
+    map_ptr,
+    offsets_ptr,
+    slot_of_choice_ptr,
+    choice_of_slot_ptr,
+    num_choices,
+    num_columns,
+    stride_row,
+    stride_column,
+    map_stride,
+    num_global,
+    num_experts,
+    num_slots,
+    align,
+    HAS_MAP: tl.constexpr,
+    CHOICES: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BINS: tl.constexpr,
+    PADDING: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """All of it: a program places the choices of its block."""
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    first = program.to(tl.int64) * CHOICES
+    choice = first + tl.arange(0, CHOICES)
+    expert = _load_experts(
+        ids_ptr,
+        map_ptr,
+        choice,
+        num_choices,
+        num_columns,
+        stride_row,
+        stride_column,
+        map_stride,
+        num_global,
+        num_experts,
+        HAS_MAP,
+    )
+    rank = _rank(expert, CHOICES)
+    slot = tl.full([CHOICES], -1, tl.int32)
+    offset = num_experts * 0
+    for first_expert in range(0, num_experts, BINS):
+        # Count: choices of every expert, and those of them in earlier blocks.
+        count = tl.zeros([BINS], tl.int32)
+        before = tl.zeros([BINS], tl.int32)
+        for start in range(0, num_choices, SAMPLE):
+            other = start + tl.arange(0, SAMPLE).to(tl.int64)
+            other_expert = _load_experts(
+                ids_ptr,
+                map_ptr,
+                other,
+                num_choices,
+                num_columns,
+                stride_row,
+                stride_column,
+                map_stride,
+                num_global,
+                num_experts,
+                HAS_MAP,
+            )
+            bin = other_expert - first_expert
+            is_bin = (bin >= 0) & (bin < BINS) & (other_expert < num_experts)
+            count += tl.histogram(bin, BINS, mask=is_bin)
+            if start < first:
+                before += tl.histogram(bin, BINS, mask=is_bin & (other < first))
+
+        # Place.
+        padded = (count + align - 1) // align * align
+        first_slot = offset + tl.cumsum(padded, axis=0) - padded
+        bin = expert - first_expert
+        is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
+        base = tl.gather(first_slot + before, tl.where(is_bin, bin, 0), 0)
+        slot = tl.where(is_bin, base + rank, slot)
+
+        # Store, but for the slots of choices: where experts begin, and what pads them.
+        bins = first_expert + tl.arange(0, BINS)
+        if program == 0:
+            tl.store(offsets_ptr + bins, first_slot, mask=bins < num_experts)
+        for start in range(program * PADDING, align - 1, num_programs * PADDING):
+            padding = (first_slot + count)[:, None] + start + tl.arange(0, PADDING)[None, :]
+            tl.store(
+                choice_of_slot_ptr + padding,
+                tl.full([BINS, PADDING], -1, tl.int32),
+                mask=padding < (first_slot + padded)[:, None],
+            )
+        offset += tl.sum(padded, axis=0)
+
+    if program == 0:
+        tl.store(offsets_ptr + num_experts, offset)
+    tl.store(slot_of_choice_ptr + choice, slot, mask=choice < num_choices)
+    tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=slot >= 0)
+    _fill(choice_of_slot_ptr, offset + program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
+
+
+@triton.jit
+def _count_kernel(
+    ids_ptr,
+    map_ptr,
+    counts_ptr,
+    slot_of_choice_ptr,
+    choice_of_slot_ptr,
+    num_choices,
+    num_columns,
+    stride_row,
+    stride_column,
+    map_stride,
+    num_global,
+    num_experts,
+    num_slots,
+    num_rounds,
+    HAS_MAP: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BINS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Choices of every expert in a program's block, and each choice's rank among them.
+
+    Ranks are left where the slots will be.
+    """
+    program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    _fill(choice_of_slot_ptr, program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
+    first = program * num_rounds * CHOICES
+    for first_expert in range(0, num_experts, BINS):
+        count = tl.zeros([BINS], tl.int32)
+        for round in range(num_rounds):
+            choice = first + round * CHOICES + tl.arange(0, CHOICES)
+            expert = _load_experts(
+                ids_ptr,
+                map_ptr,
+                choice,
+                num_choices,
+                num_columns,
+                stride_row,
+                stride_column,
+                map_stride,
+                num_global,
+                num_experts,
+                HAS_MAP,
+            )
+            bin = expert - first_expert
+            is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
+            rank = tl.gather(count, tl.where(is_bin, bin, 0), 0) + _rank(expert, CHOICES)
+            is_written = (is_bin | (expert == num_experts)) & (choice < num_choices)
+            tl.store(slot_of_choice_ptr + choice, tl.where(is_bin, rank, -1), mask=is_written)
+            count += tl.histogram(bin, BINS, mask=is_bin)
+        bins = first_expert + tl.arange(0, BINS)
+        tl.store(counts_ptr + program * num_experts + bins, count, mask=bins < num_experts)
+
+
+@triton.jit
+def _sum_kernel(counts_ptr, num_blocks, num_experts, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Turn counts of blocks into counts of all blocks before, and add a row of totals."""
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, num_blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        offset = block.to(tl.int64)[:, None] * num_experts + expert[None, :]
+        is_inside = (block < num_blocks)[:, None] & (expert < num_experts)[None, :]
+        count = tl.load(counts_ptr + offset, mask=is_inside, other=0)
+        before = total[None, :] + tl.cumsum(count, axis=0) - count
+        tl.store(counts_ptr + offset, before, mask=is_inside)
+        total += tl.sum(count, axis=0)
+    offset = tl.cast(num_blocks, tl.int64) * num_experts + expert
+    tl.store(counts_ptr + offset, total, mask=expert < num_experts)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr,
+    map_ptr,
+    counts_ptr,
+    offsets_ptr,
+    slot_of_choice_ptr,
+    choice_of_slot_ptr,
+    num_choices,
+    num_columns,
+    stride_row,
+    stride_column,
+    map_stride,
+    num_global,
+    num_experts,
+    num_rounds,
+    align,
+    HAS_MAP: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Turn ranks in blocks into slots."""
+    program, num_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    first = program * num_rounds * CHOICES
+    offset = num_experts * 0
+    for first_expert in range(0, num_experts, BINS):
+        # Where the block's choices of every expert begin.
+        bins = first_expert + tl.arange(0, BINS)
+        is_expert = bins < num_experts
+        count = tl.load(counts_ptr + num_blocks * num_experts + bins, mask=is_expert, other=0)
+        before = tl.load(counts_ptr + program * num_experts + bins, mask=is_expert, other=0)
+        padded = (count + align - 1) // align * align
+        first_slot = offset + tl.cumsum(padded, axis=0) - padded
+        if program == 0:
+            tl.store(offsets_ptr + bins, first_slot, mask=is_expert)
+        offset += tl.sum(padded, axis=0)
+
+        for round in range(num_rounds):
+            choice = first + round * CHOICES + tl.arange(0, CHOICES)
+            expert = _load_experts(
+                ids_ptr,
+                map_ptr,
+                choice,
+                num_choices,
+                num_columns,
+                stride_row,
+                stride_column,
+                map_stride,
+                num_global,
+                num_experts,
+                HAS_MAP,
+            )
+            bin = expert - first_expert
+            is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
+            rank = tl.load(slot_of_choice_ptr + choice, mask=is_bin, other=0)
+            # Threads may share a choice: all have read its rank before one writes its slot.
+            tl.debug_barrier()
+            slot = tl.gather(first_slot + before, tl.where(is_bin, bin, 0), 0) + rank
+            tl.store(slot_of_choice_ptr + choice, slot, mask=is_bin)
+            tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=is_bin)
+    if program == 0:
+        tl.store(offsets_ptr + num_experts, offset)
+
+
+def build_routing(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    align: int = 1,
+    expert_map: Tensor | None = None,
+    config: RoutingConfig | None = None,
+) -> Routing:
+    """Offsets and index maps of ``topk_ids [T, A]``; see `octomoe.build_routing`."""
+    num_tokens, num_columns = topk_ids.shape
+    num_choices = num_tokens * num_columns
+    num_slots = slot_capacity(num_tokens, num_columns, num_experts, align)
+
+    def allocate(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
+
+    offsets, slot_of_choice, choice_of_slot = (
+        allocate(num_experts + 1),
+        allocate(*topk_ids.shape),
+        allocate(num_slots),
+    )
+    config = config or routing_config(num_choices, num_experts, num_slots)
+    # Contiguous ids are one row: the kernels then divide by nothing.
+    is_row = topk_ids.is_contiguous()
+    sizes = (
+        num_choices,
+        *((1, 1, 0) if is_row else (num_columns, *topk_ids.stride())),
+        0 if expert_map is None else expert_map.stride(0),
+        num_experts if expert_map is None else expert_map.shape[0],
+        num_experts,
+    )
+    ids_and_map = (topk_ids, topk_ids if expert_map is None else expert_map)
+    constants = {
+        "HAS_MAP": expert_map is not None,
+        "CHOICES": config.choices,
+        "BINS": config.bins,
+        "num_warps": config.num_warps,
+    }
+    if config.is_single:
+        _route_kernel[(max(triton.cdiv(num_choices, config.choices), 1),)](
+            *ids_and_map,
+            offsets,
+            slot_of_choice,
+            choice_of_slot,
+            *sizes,
+            num_slots,
+            align,
+            SAMPLE=config.sample,
+            PADDING=config.padding,
+            SLOTS=config.slots,
+            **constants,
+        )
+        return Routing(offsets, slot_of_choice, choice_of_slot, align)
+    num_blocks = max(triton.cdiv(num_choices, config.rounds * config.choices), 1)
+    counts = allocate(num_blocks + 1, num_experts)
+    _count_kernel[(num_blocks,)](
+        *ids_and_map,
+        counts,
+        slot_of_choice,
+        choice_of_slot,
+        *sizes,
+        num_slots,
+        config.rounds,
+        SLOTS=config.slots,
+        **constants,
+    )
+    _sum_kernel[(triton.cdiv(num_experts, config.sum_experts),)](
+        counts,
+        num_blocks,
+        num_experts,
+        BLOCKS=config.sum_blocks,
+        EXPERTS=config.sum_experts,
+        num_warps=config.num_warps,
+    )
+    _place_kernel[(num_blocks,)](
+        *ids_and_map,
+        counts,
+        offsets,
+        slot_of_choice,
+        choice_of_slot,
+        *sizes,
+        config.rounds,
+        align,
+        **constants,
+    )
+    return Routing(offsets, slot_of_choice, choice_of_slot, align)
