@@ -1,5 +1,7 @@
 """Where a kernel finds the scale (row, column), in every layout of `octomoe.core.layouts`."""
 
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +10,9 @@ from torch import Tensor
 from octomoe.core.formats import Format
 from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor, packed_scale_shape
+
+# Scales of a square that is brought into another order.
+_TILE: Final = 64
 
 
 @triton.jit
@@ -27,6 +32,49 @@ def _scale_offset(
     else:
         offset = row * stride_row + column * stride_column
     return offset
+
+
+@triton.jit
+def _compact_kernel(
+    packed_ptr,
+    compact_ptr,
+    num_rows,
+    num_columns,
+    stride_row,
+    stride_column,
+    num_column_atoms,
+    IS_INTERLEAVED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    is_inside = (row < num_rows) & (column < num_columns)
+    offset = _scale_offset(row, column, stride_row, stride_column, num_column_atoms, IS_INTERLEAVED)
+    scale = tl.load(packed_ptr + offset, mask=is_inside, other=0)
+    tl.store(compact_ptr + row.to(tl.int64) * num_columns + column, scale, mask=is_inside)
+
+
+def compact_bytes(q: QTensor) -> Tensor:
+    """The COMPACT scale of a matrix, as Triton takes it.
+
+    torch needs 24 us to transpose the one-byte scales of 16384 x 7168 MXFP8 values on an H200.
+    """
+    scale = as_bytes(q.scale)
+    if q.layout == ScaleLayout.COMPACT:
+        return scale.contiguous()
+    rows, columns = q.format.scale_shape(tuple(q.shape))
+    compact = torch.empty((rows, columns), dtype=scale.dtype, device=scale.device)
+    if compact.numel():
+        _compact_kernel[(triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))](
+            scale,
+            compact,
+            rows,
+            columns,
+            *scale_strides(q)[1:],
+            IS_INTERLEAVED=q.layout == ScaleLayout.INTERLEAVED,
+            TILE=_TILE,
+        )
+    return compact
 
 
 def empty_scale(

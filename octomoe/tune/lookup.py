@@ -127,13 +127,15 @@ def _computed_tile(
     return TileConfig(rows, columns, min(max(num_warps, 1), 32))
 
 
-def permute_config(num_columns: int, item_bytes: int) -> PermuteConfig:
-    """How to move rows of `num_columns` elements of `item_bytes` bytes.
+def permute_config(num_columns: int, item_bytes: int, num_scales: int = 0) -> PermuteConfig:
+    """How to move rows of `num_columns` elements of `item_bytes` bytes with `num_scales` scales.
 
-    >>> permute_config(7168, item_bytes=2)
-    PermuteConfig(columns=2048, slots=32, scales=32, num_warps=4)
+    >>> permute_config(7168, item_bytes=1, num_scales=56)
+    PermuteConfig(columns=4096, slots=32, scales=32, num_warps=8)
     """
-    return PermuteConfig(min(_power_of_two(num_columns), _ROW_BYTES // item_bytes))
+    columns = min(_power_of_two(num_columns), _ROW_BYTES // item_bytes)
+    side = 64 if num_scales > 64 else 32
+    return PermuteConfig(columns, side, side, num_warps=8 if item_bytes == 1 else 4)
 
 
 def routing_config(num_choices: int, num_experts: int, num_slots: int) -> RoutingConfig:
