@@ -5,8 +5,11 @@ PYTHON ?= python3
 # Pinned: a range lets the installer pick a build that drags in gigabytes of CUDA packages.
 TORCH := torch==2.13.0
 READY := $(VENV)/.ready
+# The Triton that `make test-triton` tests the kernels with: by default the oldest supported.
+TRITON ?= 3.6.0
+TRITON_VENV := .venv-triton-$(TRITON)
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-triton lint types clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml octomoe/version.py
@@ -22,6 +25,18 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Triton comes last and by itself: a build of torch may name another one, which pip only warns of.
+$(TRITON_VENV)/.ready: pyproject.toml octomoe/version.py
+	test -x $(TRITON_VENV)/bin/python || $(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(TRITON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check triton==$(TRITON)
+	@touch $@
+
+# The kernels under another Triton, in an environment of its own: make test-triton TRITON=3.6.0
+test-triton: $(TRITON_VENV)/.ready
+	$(TRITON_VENV)/bin/python -m pytest tests/kernels $(PYTEST_ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,5 +45,5 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis octomoe-report.html
+	rm -rf $(VENV) .venv-triton-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis octomoe-report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,72 @@
+"""Every kernel compiles for NVIDIA and AMD; on sm90 it does not spill, and moves wide words.
+
+`offline.py` compiles them, without a GPU, and has the table of cases.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("offline.py")
+CASES = runpy.run_path(str(PROGRAM))["CASES"]
+TARGETS = ("cuda:90", "hip:gfx942", "hip:gfx950")
+# (case, target): why it cannot be compiled, in the words of the compiler's message.
+REFUSED: dict[tuple[str, str], str] = {}
+
+EACH_CASE = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Records of `offline.py` by case and target."""
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    command = [sys.executable, PROGRAM, *TARGETS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    records = defaultdict(list)
+    for record in map(json.loads, result.stdout.splitlines()):
+        records[record["case"], record["target"]].append(record)
+    return records
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@EACH_CASE
+def test_compiles(case, target, compiled):
+    records = compiled[case, target]
+    assert records
+    errors = [record["error"] for record in records if "error" in record]
+    if (case, target) in REFUSED:
+        assert errors
+        assert REFUSED[case, target] in errors[0]
+    else:
+        assert not errors
+
+
+@EACH_CASE
+def test_does_not_spill(case, compiled):
+    for record in compiled[case, "cuda:90"]:
+        assert record["spill_bytes"] == 0, record
+        assert record["instructions"]["STL"] == record["instructions"]["LDL"] == 0, record
+
+
+@EACH_CASE
+def test_moves_wide_words(case, compiled):
+    claim = CASES[case]
+    for record in compiled[case, "cuda:90"]:
+        assert record["load_bytes"] >= claim.load_bytes, record
+        # Magnitudes are shared by atomic maxima, which are no stores.
+        if record["store_bytes"]:
+            assert record["store_bytes"] >= claim.store_bytes, record
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("unpermute")])
+def test_products_are_rounded_before_they_are_added(case, compiled):
+    # The interpreter never fuses, so it cannot notice.
+    for record in compiled[case, "cuda:90"]:
+        assert record["instructions"]["FFMA"] == 0, record
