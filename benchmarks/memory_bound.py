@@ -1,6 +1,6 @@
 """Time the kernels that move bytes, beside a copy and the ways around them.
 
-PYTHONPATH=. python benchmarks/memory_bound.py [--out FILE.jsonl] [--rows 131072] [--columns 7168]
+PYTHONPATH=. python benchmarks/memory_bound.py [--out FILE.jsonl] [--commit HASH]
 
 Every output is compared with the reference in the same run, on inputs of its own. A share is the
 bytes that must move (each input once, each output once) over time, relative to a device-to-device
@@ -10,7 +10,6 @@ copy of the same run. CUDA graphs, L2 flushed before each replay, contenders tak
 import argparse
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines file to append the record to")
     parser.add_argument("--rows", type=int, default=131072)
     parser.add_argument("--columns", type=int, default=7168)
+    parser.add_argument("--commit", help="of the code, where it does not run in its clone")
     options = parser.parse_args()
     torch.manual_seed(0)
     rows, columns = options.rows, options.columns
@@ -62,8 +62,10 @@ def main() -> None:
     activation_runs(results, x, rate)
     properties = torch.cuda.get_device_properties(0)
     record = {
-        "commit": output_of("git", "describe", "--always", "--dirty"),
-        "command": "python " + " ".join(sys.argv),
+        "commit": options.commit or output_of("git", "describe", "--always", "--dirty"),
+        "command": "python benchmarks/memory_bound.py",
+        "rows": rows,
+        "columns": columns,
         "device": properties.name,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "copy_tb_per_s": round(rate / 1e6, 3),

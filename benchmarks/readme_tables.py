@@ -3,8 +3,8 @@
     python benchmarks/readme_tables.py           rewrite README.md
     python benchmarks/readme_tables.py --check   exit with 1 if it would change
 
-A table stands between ``<!-- accuracy: MODEL -->`` or ``<!-- convert: cpu -->`` and
-``<!-- end -->``.
+A table stands between ``<!-- accuracy: MODEL -->``, ``<!-- convert: cpu -->`` or
+``<!-- memory_bound: DEVICE -->`` and ``<!-- end -->``.
 """
 
 import json
@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.jsonl"
 CONVERT = ROOT / "benchmarks" / "results" / "cpu" / "convert.jsonl"
-MARKED = re.compile(r"(<!-- (accuracy|convert): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (accuracy|convert|memory_bound): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def main() -> None:
@@ -25,7 +27,13 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
 
     def table(match: re.Match[str]) -> str:
-        made = accuracy_table(match[3]) if match[2] == "accuracy" else convert_table()
+        match match[2]:
+            case "accuracy":
+                made = accuracy_table(match[3])
+            case "convert":
+                made = convert_table()
+            case _:
+                made = memory_bound_table(match[3])
         return match[1] + made + match[4]
 
     written = MARKED.sub(table, text)
@@ -70,6 +78,26 @@ def convert_table() -> str:
             f"`{record['command']}`, {record['cores']} cores, commit {record['commit']}, "
             + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
             + f"; from `{CONVERT.relative_to(ROOT)}`."
+        ),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def memory_bound_table(device: str) -> str:
+    """The newest record of the kernels that move bytes, as a Markdown table with its origin."""
+    path = ROOT / "benchmarks" / "results" / device / "memory_bound.jsonl"
+    record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    rows = ["| op | us | share of copy bandwidth |", "|---|--:|--:|"]
+    for run in record["results"]:
+        share = "" if run["share_of_copy"] is None else f"{100 * run['share_of_copy']:.0f} %"
+        rows.append(f"| {run['name']} | {run['us']:.1f} | {share} |")
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    rows += [
+        "",
+        (
+            f"`{record['command']}`, {record['rows']} rows of {record['columns']}, "
+            f"{record['device']}, copy at {record['copy_tb_per_s']:.2f} TB/s, commit "
+            f"{record['commit']}, {versions}; from `{path.relative_to(ROOT)}`."
         ),
     ]
     return "\n".join(rows) + "\n"
