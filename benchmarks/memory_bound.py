@@ -8,16 +8,14 @@ copy of the same run. CUDA graphs, L2 flushed before each replay, contenders tak
 """
 
 import argparse
-import json
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from benchmarks.records import about, append, has_same_bits, microseconds
 from octomoe import (
     COMPACT,
     FP8_BLOCK128,
@@ -37,7 +35,6 @@ from octomoe import (
 )
 from octomoe.tune.timing import Timing, time_graphs
 
-ROOT = Path(__file__).parents[1]
 FORMATS = (FP8_TENSOR, FP8_ROW, FP8_GROUP128, FP8_BLOCK128, MXFP8)
 
 
@@ -60,20 +57,10 @@ def main() -> None:
     permute_runs(results, rows, columns, rate)
     routing_runs(results)
     activation_runs(results, x, rate)
-    properties = torch.cuda.get_device_properties(0)
-    record = {
-        "commit": options.commit or output_of("git", "describe", "--always", "--dirty"),
-        "command": "python benchmarks/memory_bound.py",
-        "rows": rows,
-        "columns": columns,
-        "device": properties.name,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "copy_tb_per_s": round(rate / 1e6, 3),
-        "results": results,
-    }
     if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        record = about("python benchmarks/memory_bound.py", options.commit)
+        record |= {"rows": rows, "columns": columns, "copy_tb_per_s": round(rate / 1e6, 3)}
+        append(options.out, record | {"results": results})
 
 
 def quantize_runs(results: list[dict[str, Any]], x: torch.Tensor, rate: float) -> None:
@@ -148,17 +135,8 @@ def routing_runs(results: list[dict[str, Any]]) -> None:
 
 def check(run: Callable[..., Any]) -> None:
     """Triton and reference give the same bits."""
-    actual, expected = run(backend="triton"), run(backend="reference")
-    if isinstance(expected, QTensor):
-        pairs = [(actual.data, expected.data), (actual.scale, expected.scale)]
-    elif isinstance(expected, Routing):
-        names = ("expert_offsets", "slot_of_choice_TA", "choice_of_slot_S")
-        pairs = [(getattr(actual, name), getattr(expected, name)) for name in names]
-    else:
-        pairs = [(actual, expected)]
-    for a, e in pairs:
-        if not torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
-            raise AssertionError("the kernel's bits differ from the reference's")
+    if not has_same_bits(run(backend="triton"), run(backend="reference")):
+        raise AssertionError("the kernel's bits differ from the reference's")
 
 
 def add(
@@ -169,20 +147,12 @@ def add(
     results.append(
         {
             "name": name,
-            "us": round(timing.us, 2),
-            "fastest": round(timing.fastest, 2),
-            "slowest": round(timing.slowest, 2),
+            **microseconds(timing),
             "bytes": num_bytes,
             "share_of_copy": None if share is None else round(share, 3),
         }
     )
     print(f"{name:48}{timing.us:10.1f} us" + (f"{share:8.2f}" if share else ""), flush=True)
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; empty where it cannot run."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -3,22 +3,25 @@
     python benchmarks/readme_tables.py           rewrite README.md
     python benchmarks/readme_tables.py --check   exit with 1 if it would change
 
-A table stands between ``<!-- accuracy: MODEL -->``, ``<!-- convert: cpu -->`` or
-``<!-- memory_bound: DEVICE -->`` and ``<!-- end -->``.
+A table stands between ``<!-- accuracy: MODEL -->``, ``<!-- convert: cpu -->``,
+``<!-- memory_bound: DEVICE -->`` or ``<!-- fused_moe: DEVICE -->`` and ``<!-- end -->``. That of
+fused_moe is empty until something was measured.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.jsonl"
-CONVERT = ROOT / "benchmarks" / "results" / "cpu" / "convert.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
+ACCURACY = RESULTS / "cpu" / "accuracy.jsonl"
+CONVERT = RESULTS / "cpu" / "convert.jsonl"
 MARKED = re.compile(
-    r"(<!-- (accuracy|convert|memory_bound): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (accuracy|convert|memory_bound|fused_moe): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -32,6 +35,8 @@ def main() -> None:
                 made = accuracy_table(match[3])
             case "convert":
                 made = convert_table()
+            case "fused_moe":
+                made = fused_moe_table(match[3])
             case _:
                 made = memory_bound_table(match[3])
         return match[1] + made + match[4]
@@ -44,7 +49,7 @@ def main() -> None:
 
 def accuracy_table(model: str) -> str:
     """The newest accuracy record of `model` as a Markdown table with its origin."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    lines = ACCURACY.read_text(encoding="utf-8").splitlines()
     record = [row for row in map(json.loads, lines) if row["model"] == model][-1]
     versions = record["versions"]
     rows = [
@@ -56,7 +61,7 @@ def accuracy_table(model: str) -> str:
         (
             f"`{record['command']}`, {record['num_tokens']} tokens, commit {record['commit']}, "
             f"torch {versions['torch']}, transformers {versions['transformers']}; "
-            f"from `{RESULTS.relative_to(ROOT)}`."
+            f"from `{ACCURACY.relative_to(ROOT)}`."
         ),
     ]
     return "\n".join(rows) + "\n"
@@ -85,7 +90,7 @@ def convert_table() -> str:
 
 def memory_bound_table(device: str) -> str:
     """The newest record of the kernels that move bytes, as a Markdown table with its origin."""
-    path = ROOT / "benchmarks" / "results" / device / "memory_bound.jsonl"
+    path = RESULTS / device / "memory_bound.jsonl"
     record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     rows = ["| op | us | share of copy bandwidth |", "|---|--:|--:|"]
     for run in record["results"]:
@@ -101,6 +106,61 @@ def memory_bound_table(device: str) -> str:
         ),
     ]
     return "\n".join(rows) + "\n"
+
+
+def fused_moe_table(device: str, results: Path = RESULTS) -> str:
+    """A layer of experts beside SGLang's: of each layer and number of tokens the newest record.
+
+    Empty if there is none.
+    """
+    path = results / device / "fused_moe.jsonl"
+    if not path.exists():
+        return ""
+    newest: dict[str, dict[int, dict[str, Any]]] = {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        for result in record["results"]:
+            newest.setdefault(record["layer"], {})[result["tokens"]] = record | result
+    used = [of_layer[tokens] for of_layer in newest.values() for tokens in sorted(of_layer)]
+    versions = {f"{name} {number}" for run in used for name, number in run["versions"].items()}
+    rows = [
+        "| layer | tokens | floor us | SGLang us | octomoe us | times as fast | whole op us |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *map(_fused_moe_row, used),
+        "",
+        (
+            f"{_summary([_times(run) for run in used if 'sglang' in run['runs']])}"
+            f"`{records[-1]['command']}`, {records[-1]['device']}, "
+            f"commit {', '.join(sorted({run['commit'] for run in used}))}, "
+            f"{', '.join(sorted(versions))}; from `{path.relative_to(results.parents[1])}`."
+        ),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _fused_moe_row(run: dict[str, Any]) -> str:
+    runs, floor = run["runs"], run["floor_us"]
+    cells = (
+        run["shape"]["model"],
+        str(run["tokens"]),
+        "" if floor is None else f"{floor:.1f}",
+        f"{runs['sglang']['us']:.1f}" if "sglang" in runs else "",
+        f"{runs['octomoe']['us']:.1f}",
+        f"{_times(run):.2f}" if "sglang" in runs else "",
+        f"{runs['octomoe op']['us']:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _times(run: dict[str, Any]) -> float:
+    """How many times as fast as SGLang's the same region of ours is."""
+    return run["runs"]["sglang"]["us"] / run["runs"]["octomoe"]["us"]
+
+
+def _summary(times: list[float]) -> str:
+    if not times:
+        return ""
+    return f"Times as fast: at least {min(times):.2f}, geometric mean {geometric_mean(times):.2f}. "
 
 
 def _row(result: dict[str, Any], base: float) -> str:

@@ -37,8 +37,8 @@ from octomoe.core.formats import (
 from octomoe.core.layouts import COMPACT, GEMM_READY, INTERLEAVED, ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import BlockRouting, Routing, append_shared_experts
-from octomoe.ops.activation_bwd import activation_bwd
-from octomoe.ops.activation_quantize import activation_quantize
+from octomoe.ops.activation_bwd import activation_bwd, activation_bwd_both
+from octomoe.ops.activation_quantize import activation_quantize, activation_quantize_both
 from octomoe.ops.build_routing import build_routing
 from octomoe.ops.dequantize import dequantize
 from octomoe.ops.fused_moe import fused_moe
@@ -46,6 +46,7 @@ from octomoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_g
 from octomoe.ops.moe_align_block_size import moe_align_block_size
 from octomoe.ops.permute import permute
 from octomoe.ops.quantize import quantize
+from octomoe.ops.quantize_both import quantize_both
 from octomoe.ops.quantize_experts import quantize_experts
 from octomoe.ops.requantize import requantize
 from octomoe.ops.unpermute import unpermute
@@ -107,7 +108,9 @@ __all__ = [
     "Target",
     "__version__",
     "activation_bwd",
+    "activation_bwd_both",
     "activation_quantize",
+    "activation_quantize_both",
     "append_shared_experts",
     "build_routing",
     "convert_checkpoint",
@@ -120,6 +123,7 @@ __all__ = [
     "moe_align_block_size",
     "permute",
     "quantize",
+    "quantize_both",
     "quantize_experts",
     "quantize_model",
     "requantize",

@@ -46,6 +46,11 @@ class Target:
 
 
 @cache
+def target_of(device: torch.device) -> Target:
+    """The abilities of a device, asked once."""
+    return Target.of(device)
+
+
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of a device, 0 where there are none; asked once."""
-    return Target.of(device).sms
+    """Streaming multiprocessors of a device, 0 where there are none."""
+    return target_of(device).sms

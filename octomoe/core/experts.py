@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from octomoe.core.activations import SILU, Activation
-from octomoe.core.formats import ALL, Format
+from octomoe.core.formats import ALL, FP8_TENSOR, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.errors import refusal
 
@@ -240,6 +240,14 @@ class ExpertWeights:
             w2=pad(self.w2, (0, extra)),
             w13_bias=bias,
         )
+
+
+def static_scale(scale: Tensor | None, format: Format) -> Tensor | None:
+    """A layer's static activation scale as ``[1, 1]``, None where scales are dynamic.
+
+    Static scales belong to per-tensor activations only.
+    """
+    return scale.reshape(1, 1) if scale is not None and format == FP8_TENSOR else None
 
 
 def _transpose(weight: Weight) -> Weight:

@@ -185,11 +185,10 @@ def slots_of_mask(mask_TE: Tensor) -> Tensor:
     >>> slots_of_mask(torch.tensor([[True, True], [False, True], [True, False]])).tolist()
     [[0, 2], [-1, 3], [1, -1]]
     """
-    is_routed_TE = mask_TE.bool()
-    counts_E = is_routed_TE.sum(dim=0)
-    first_slot_E = counts_E.cumsum(0) - counts_E
-    slot_TE = first_slot_E + is_routed_TE.cumsum(0) - 1
-    return torch.where(is_routed_TE, slot_TE, -1).int()
+    # One sum over all, expert by expert: on a GPU torch sums columns with a thread for each.
+    is_routed_ET = mask_TE.bool().T.contiguous()
+    slot_ET = is_routed_ET.flatten().cumsum(0, dtype=torch.int32).view(is_routed_ET.shape) - 1
+    return torch.where(is_routed_ET, slot_ET, -1).T.contiguous()
 
 
 def slots_of_ids(ids_TA: Tensor) -> Tensor:

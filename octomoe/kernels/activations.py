@@ -4,7 +4,7 @@ A tile of h is a tile of the gate and the tile of up that goes with it. NaN is k
 it: comparisons choose between values here, since a maximum may lose a NaN.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,16 +18,32 @@ _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
 
 
+class Nonlinearity(NamedTuple):
+    """An activation as compile-time values: arguments of `_activate` and `_activate_bwd`."""
+
+    IS_GATED: bool
+    KIND: str
+    ALPHA: float
+    CLAMP: float | None
+    IS_OUTPUT_CLAMPED: bool
+    UP_OFFSET: float
+
+
+def nonlinearity_of(activation: Activation) -> Nonlinearity:
+    """An activation as kernels see it."""
+    return Nonlinearity(
+        activation.gated,
+        str(activation.kind),
+        activation.alpha,
+        activation.limit,
+        activation.limit_on == LimitOn.OUTPUT,
+        activation.up_offset,
+    )
+
+
 def activation_arguments(activation: Activation) -> dict[str, Any]:
-    """Compile-time arguments of `_load_gate_up`, `_activate` and `_activate_bwd`."""
-    return {
-        "IS_GATED": activation.gated,
-        "KIND": str(activation.kind),
-        "ALPHA": activation.alpha,
-        "CLAMP": activation.limit,
-        "IS_OUTPUT_CLAMPED": activation.limit_on == LimitOn.OUTPUT,
-        "UP_OFFSET": activation.up_offset,
-    }
+    """The same, one argument each."""
+    return nonlinearity_of(activation)._asdict()
 
 
 def width_of(h: Tensor, activation: Activation) -> int:

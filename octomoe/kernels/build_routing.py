@@ -7,7 +7,8 @@ histograms; nothing is added atomically, so that the order is stable and every r
 One launch: every program makes the histogram of all choices, which is cheap while they are few.
 Three launches: histograms of blocks, their sums along the blocks, slots. They need memory for
 blocks x experts counts; a block has at least half as many choices as there are experts, so that
-this is no more than the two maps.
+this is no more than the two maps. On NVIDIA since Hopper each is launched before the one in front
+of it ends, and waits for that one's results where it needs them.
 """
 
 import torch
@@ -15,26 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octomoe.core.device import target_of
 from octomoe.core.routing import Routing, slot_capacity
 from octomoe.tune.configs import RoutingConfig
 from octomoe.tune.lookup import routing_config
 
 
 @triton.jit
-def _load_experts(
-    ids_ptr,
-    map_ptr,
-    choice,
-    num_choices,
-    num_columns,
-    stride_row,
-    stride_column,
-    map_stride,
-    num_global,
-    num_experts,
-    HAS_MAP: tl.constexpr,
-):
+def _load_experts(ids, choice, num_choices, num_experts, HAS_MAP: tl.constexpr):
     """Local expert of each choice as int32, `num_experts` where there is none."""
+    ids_ptr, num_columns, stride_row, stride_column, map_ptr, map_stride, num_global = ids
     offset = choice // num_columns * stride_row + choice % num_columns * stride_column
     expert = tl.load(ids_ptr + offset, mask=choice < num_choices, other=-1)
     if HAS_MAP:
@@ -65,17 +56,11 @@ def _fill(choice_of_slot_ptr, first, last, step, SLOTS: tl.constexpr):
 
 @triton.jit
 def _route_kernel(
-    ids_ptr,
-    map_ptr,
+    ids,
     offsets_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
     num_choices,
-    num_columns,
-    stride_row,
-    stride_column,
-    map_stride,
-    num_global,
     num_experts,
     num_slots,
     align,
@@ -90,20 +75,7 @@ def _route_kernel(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     first = program.to(tl.int64) * CHOICES
     choice = first + tl.arange(0, CHOICES)
-    expert = _load_experts(
-        ids_ptr,
-        map_ptr,
-        choice,
-        num_choices,
-        num_columns,
-        stride_row,
-        stride_column,
-        map_stride,
-        num_global,
-        num_experts,
-        HAS_MAP,
-    )
-    rank = _rank(expert, CHOICES)
+    expert = _load_experts(ids, choice, num_choices, num_experts, HAS_MAP)
     slot = tl.full([CHOICES], -1, tl.int32)
     offset = num_experts * 0
     for first_expert in range(0, num_experts, BINS):
@@ -112,19 +84,7 @@ def _route_kernel(
         before = tl.zeros([BINS], tl.int32)
         for start in range(0, num_choices, SAMPLE):
             other = start + tl.arange(0, SAMPLE).to(tl.int64)
-            other_expert = _load_experts(
-                ids_ptr,
-                map_ptr,
-                other,
-                num_choices,
-                num_columns,
-                stride_row,
-                stride_column,
-                map_stride,
-                num_global,
-                num_experts,
-                HAS_MAP,
-            )
+            other_expert = _load_experts(ids, other, num_choices, num_experts, HAS_MAP)
             bin = other_expert - first_expert
             is_bin = (bin >= 0) & (bin < BINS) & (other_expert < num_experts)
             count += tl.histogram(bin, BINS, mask=is_bin)
@@ -137,7 +97,7 @@ def _route_kernel(
         bin = expert - first_expert
         is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
         base = tl.gather(first_slot + before, tl.where(is_bin, bin, 0), 0)
-        slot = tl.where(is_bin, base + rank, slot)
+        slot = tl.where(is_bin, base, slot)
 
         # Store, but for the slots of choices: where experts begin, and what pads them.
         bins = first_expert + tl.arange(0, BINS)
@@ -154,6 +114,7 @@ def _route_kernel(
 
     if program == 0:
         tl.store(offsets_ptr + num_experts, offset)
+    slot = tl.where(slot >= 0, slot + _rank(expert, CHOICES), -1)
     tl.store(slot_of_choice_ptr + choice, slot, mask=choice < num_choices)
     tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=slot >= 0)
     _fill(choice_of_slot_ptr, offset + program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
@@ -161,21 +122,16 @@ def _route_kernel(
 
 @triton.jit
 def _count_kernel(
-    ids_ptr,
-    map_ptr,
+    ids,
     counts_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
     num_choices,
-    num_columns,
-    stride_row,
-    stride_column,
-    map_stride,
-    num_global,
     num_experts,
     num_slots,
     num_rounds,
     HAS_MAP: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
     CHOICES: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -184,39 +140,45 @@ def _count_kernel(
 
     Ranks are left where the slots will be.
     """
+    if IS_CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    end = tl.minimum((program + 1) * num_rounds * CHOICES, num_choices)
+    first_choice = program * num_rounds * CHOICES + tl.arange(0, CHOICES)
+    head = _load_experts(ids, first_choice, end, num_experts, HAS_MAP)
     _fill(choice_of_slot_ptr, program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
-    first = program * num_rounds * CHOICES
     for first_expert in range(0, num_experts, BINS):
         count = tl.zeros([BINS], tl.int32)
-        for round in range(num_rounds):
-            choice = first + round * CHOICES + tl.arange(0, CHOICES)
-            expert = _load_experts(
-                ids_ptr,
-                map_ptr,
-                choice,
-                num_choices,
-                num_columns,
-                stride_row,
-                stride_column,
-                map_stride,
-                num_global,
-                num_experts,
-                HAS_MAP,
-            )
+        choice = first_choice
+        expert = head
+        for _ in range(num_rounds):
+            # On its way while this round is counted.
+            next_expert = _load_experts(ids, choice + CHOICES, end, num_experts, HAS_MAP)
             bin = expert - first_expert
             is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
             rank = tl.gather(count, tl.where(is_bin, bin, 0), 0) + _rank(expert, CHOICES)
-            is_written = (is_bin | (expert == num_experts)) & (choice < num_choices)
+            is_written = (is_bin | (expert == num_experts)) & (choice < end)
             tl.store(slot_of_choice_ptr + choice, tl.where(is_bin, rank, -1), mask=is_written)
             count += tl.histogram(bin, BINS, mask=is_bin)
+            choice += CHOICES
+            expert = next_expert
         bins = first_expert + tl.arange(0, BINS)
         tl.store(counts_ptr + program * num_experts + bins, count, mask=bins < num_experts)
 
 
 @triton.jit
-def _sum_kernel(counts_ptr, num_blocks, num_experts, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
+def _sum_kernel(
+    counts_ptr,
+    num_blocks,
+    num_experts,
+    IS_CHAINED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
     """Turn counts of blocks into counts of all blocks before, and add a row of totals."""
+    if IS_CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, num_blocks, BLOCKS):
@@ -233,30 +195,34 @@ def _sum_kernel(counts_ptr, num_blocks, num_experts, BLOCKS: tl.constexpr, EXPER
 
 @triton.jit
 def _place_kernel(
-    ids_ptr,
-    map_ptr,
+    ids,
     counts_ptr,
     offsets_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
     num_choices,
-    num_columns,
-    stride_row,
-    stride_column,
-    map_stride,
-    num_global,
     num_experts,
-    num_rounds,
+    block_size,
     align,
     HAS_MAP: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
     CHOICES: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Turn ranks in blocks into slots."""
+    """Turn ranks in blocks into slots, CHOICES of a block at once."""
     program, num_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    first = program * num_rounds * CHOICES
+    end = tl.minimum((program + 1) * block_size, num_choices)
+    first_choice = program * block_size + tl.arange(0, CHOICES)
+    # Ids are no result of the two kernels before, which may still run.
+    head = _load_experts(ids, first_choice, end, num_experts, HAS_MAP)
+    if IS_CHAINED:
+        tl.extra.cuda.gdc_wait()
     offset = num_experts * 0
     for first_expert in range(0, num_experts, BINS):
+        choice = first_choice
+        expert = head
+        rank = tl.load(slot_of_choice_ptr + choice, mask=choice < end, other=0)
+
         # Where the block's choices of every expert begin.
         bins = first_expert + tl.arange(0, BINS)
         is_expert = bins < num_experts
@@ -268,29 +234,20 @@ def _place_kernel(
             tl.store(offsets_ptr + bins, first_slot, mask=is_expert)
         offset += tl.sum(padded, axis=0)
 
-        for round in range(num_rounds):
-            choice = first + round * CHOICES + tl.arange(0, CHOICES)
-            expert = _load_experts(
-                ids_ptr,
-                map_ptr,
-                choice,
-                num_choices,
-                num_columns,
-                stride_row,
-                stride_column,
-                map_stride,
-                num_global,
-                num_experts,
-                HAS_MAP,
-            )
-            bin = expert - first_expert
-            is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
-            rank = tl.load(slot_of_choice_ptr + choice, mask=is_bin, other=0)
+        for _ in range(0, block_size, CHOICES):
+            next_choice = choice + CHOICES
+            next_expert = _load_experts(ids, next_choice, end, num_experts, HAS_MAP)
+            next_rank = tl.load(slot_of_choice_ptr + next_choice, mask=next_choice < end, other=0)
             # Threads may share a choice: all have read its rank before one writes its slot.
             tl.debug_barrier()
+            bin = expert - first_expert
+            is_bin = (bin >= 0) & (bin < BINS) & (expert < num_experts)
             slot = tl.gather(first_slot + before, tl.where(is_bin, bin, 0), 0) + rank
             tl.store(slot_of_choice_ptr + choice, slot, mask=is_bin)
             tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=is_bin)
+            choice = next_choice
+            expert = next_expert
+            rank = next_rank
     if program == 0:
         tl.store(offsets_ptr + num_experts, offset)
 
@@ -304,80 +261,97 @@ def build_routing(
     config: RoutingConfig | None = None,
 ) -> Routing:
     """Offsets and index maps of ``topk_ids [T, A]``; see `octomoe.build_routing`."""
+    device = topk_ids.device
     num_tokens, num_columns = topk_ids.shape
     num_choices = num_tokens * num_columns
     num_slots = slot_capacity(num_tokens, num_columns, num_experts, align)
-
-    def allocate(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
-
-    offsets, slot_of_choice, choice_of_slot = (
-        allocate(num_experts + 1),
-        allocate(*topk_ids.shape),
-        allocate(num_slots),
+    routing = Routing(
+        torch.empty(num_experts + 1, dtype=torch.int32, device=device),
+        torch.empty(topk_ids.shape, dtype=torch.int32, device=device),
+        torch.empty(num_slots, dtype=torch.int32, device=device),
+        align,
     )
-    config = config or routing_config(num_choices, num_experts, num_slots)
-    # Contiguous ids are one row: the kernels then divide by nothing.
-    is_row = topk_ids.is_contiguous()
-    sizes = (
-        num_choices,
-        *((1, 1, 0) if is_row else (num_columns, *topk_ids.stride())),
+    config = config or routing_config(num_choices, num_experts, num_slots, target_of(device))
+    ids: tuple[Tensor | int, ...] = (
+        topk_ids,
+        # Contiguous ids are one row: the kernels then divide by nothing.
+        *((1, 1, 0) if topk_ids.is_contiguous() else (num_columns, *topk_ids.stride())),
+        topk_ids if expert_map is None else expert_map,
         0 if expert_map is None else expert_map.stride(0),
         num_experts if expert_map is None else expert_map.shape[0],
-        num_experts,
     )
-    ids_and_map = (topk_ids, topk_ids if expert_map is None else expert_map)
-    constants = {
-        "HAS_MAP": expert_map is not None,
-        "CHOICES": config.choices,
-        "BINS": config.bins,
-        "num_warps": config.num_warps,
-    }
+    _launch(ids, num_choices, routing, config, expert_map is not None)
+    return routing
+
+
+def _launch(
+    ids: tuple[Tensor | int, ...],
+    num_choices: int,
+    routing: Routing,
+    config: RoutingConfig,
+    has_map: bool,
+) -> None:
+    """Start one kernel or three; `ids` is what `_load_experts` takes apart."""
+    offsets, num_experts = routing.expert_offsets, routing.num_experts
+    maps = routing.slot_of_choice_TA, routing.choice_of_slot_S
+    constants = {"HAS_MAP": has_map, "BINS": config.bins}
     if config.is_single:
         _route_kernel[(max(triton.cdiv(num_choices, config.choices), 1),)](
-            *ids_and_map,
+            ids,
             offsets,
-            slot_of_choice,
-            choice_of_slot,
-            *sizes,
-            num_slots,
-            align,
+            *maps,
+            num_choices,
+            num_experts,
+            routing.num_slots,
+            routing.align,
+            CHOICES=config.choices,
             SAMPLE=config.sample,
             PADDING=config.padding,
             SLOTS=config.slots,
+            num_warps=config.num_warps,
             **constants,
         )
-        return Routing(offsets, slot_of_choice, choice_of_slot, align)
-    num_blocks = max(triton.cdiv(num_choices, config.rounds * config.choices), 1)
-    counts = allocate(num_blocks + 1, num_experts)
+        return
+    num_blocks = max(triton.cdiv(num_choices, config.block), 1)
+    counts = torch.empty((num_blocks + 1, num_experts), dtype=torch.int32, device=offsets.device)
+    # Only NVIDIA's compiler knows the option.
+    chained = {"launch_pdl": True} if config.is_chained else {}
     _count_kernel[(num_blocks,)](
-        *ids_and_map,
+        ids,
         counts,
-        slot_of_choice,
-        choice_of_slot,
-        *sizes,
-        num_slots,
+        *maps,
+        num_choices,
+        num_experts,
+        routing.num_slots,
         config.rounds,
+        IS_CHAINED=config.is_chained,
+        CHOICES=config.choices,
         SLOTS=config.slots,
+        num_warps=config.num_warps,
         **constants,
     )
     _sum_kernel[(triton.cdiv(num_experts, config.sum_experts),)](
         counts,
         num_blocks,
         num_experts,
+        IS_CHAINED=config.is_chained,
         BLOCKS=config.sum_blocks,
         EXPERTS=config.sum_experts,
-        num_warps=config.num_warps,
+        num_warps=config.sum_warps,
+        **chained,
     )
     _place_kernel[(num_blocks,)](
-        *ids_and_map,
+        ids,
         counts,
         offsets,
-        slot_of_choice,
-        choice_of_slot,
-        *sizes,
-        config.rounds,
-        align,
+        *maps,
+        num_choices,
+        num_experts,
+        config.block,
+        routing.align,
+        IS_CHAINED=config.is_chained,
+        CHOICES=config.placed,
+        num_warps=config.place_warps,
         **constants,
+        **chained,
     )
-    return Routing(offsets, slot_of_choice, choice_of_slot, align)

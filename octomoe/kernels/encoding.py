@@ -1,20 +1,22 @@
 """From a tile of values to bytes and scales: what every kernel that quantises does with its tile.
 
 A kernel loads or computes the values of a tile, in whatever way; then either each scale block lies
-in the tile (`_tile_amax`, `_store_tile`), or a first kernel shares magnitudes between tiles by
-atomic maxima, whose order does not matter (`_share_amax`), and a second one encodes under these, or
-under given scales (`_store_encoded`). Blocks of 0 span their axis.
+in the tile (`_tile_amax`, `_store_tile`, or `_own_amax`, `_store_own`), or a first kernel shares
+magnitudes between tiles by atomic maxima, whose order does not matter (`_share_amax`), and a second
+one encodes under these, or under given scales (`_store_encoded`).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from octomoe.core.formats import ALL, Format
 from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
-from octomoe.kernels.layouts import _scale_offset
+from octomoe.kernels.layouts import _scale_offset, as_bytes, empty_scale, scale_strides
 from octomoe.kernels.scaling import (
     _encode,
     _encode_own,
@@ -27,6 +29,69 @@ from octomoe.kernels.scaling import (
 from octomoe.tune.configs import TileConfig
 
 
+class Encoding(NamedTuple):
+    """A format and a layout as compile-time values; blocks of 0 span their axis."""
+
+    BLOCK_EXPERTS: int
+    BLOCK_ROWS: int
+    BLOCK_COLUMNS: int
+    IS_INTERLEAVED: bool
+    TARGET: float
+    TARGET_EXPONENT: int
+    TARGET_MANTISSA: int
+    LIMIT: float
+    IS_POW2: bool
+    IS_E8M0: bool
+    IS_E5M2: bool
+    HAS_NAN: bool
+
+
+class Output(NamedTuple):
+    """What a kernel writes: contiguous data, and scales where a layout has them."""
+
+    data: Tensor
+    scale: Tensor
+    stride_expert: int
+    stride_row: int
+    stride_column: int
+    num_column_atoms: int
+
+
+class Blocks(NamedTuple):
+    """A value for each scale block: a magnitude or a scale."""
+
+    value: Tensor
+    stride_expert: int
+    stride_row: int
+    stride_column: int
+
+
+def empty_quantized(
+    shape: tuple[int, ...], format: Format, layout: ScaleLayout, device: torch.device
+) -> QTensor:
+    """Memory for a quantised tensor of `shape`."""
+    data = torch.empty(shape, dtype=format.element.dtype, device=device)
+    return QTensor(data, empty_scale(format, layout, shape, device), format, layout)
+
+
+def encoding_of(q: QTensor) -> Encoding:
+    """How to encode as `q` is."""
+    experts, rows, columns = (max(size, 0) for size in q.format.block)
+    is_interleaved = q.layout == ScaleLayout.INTERLEAVED
+    return Encoding(experts, rows, columns, is_interleaved, **scaling_arguments(q.format))
+
+
+def output_of(q: QTensor) -> Output:
+    """Where to write `q`."""
+    return Output(q.data, as_bytes(q.scale), *scale_strides(q))
+
+
+def blocks_of(values: Tensor) -> Blocks:
+    """Values in the shape of a COMPACT scale."""
+    strides = values.stride() if values.dim() == 3 else (0, *values.stride())
+    return Blocks(as_bytes(values), *strides)
+
+
 def fits_tile(format: Format, config: TileConfig, num_columns: int) -> bool:
     """Whether every scale block lies in one tile."""
     experts, rows, columns = format.block
@@ -35,33 +100,29 @@ def fits_tile(format: Format, config: TileConfig, num_columns: int) -> bool:
     return config.columns % columns == 0 if columns != ALL else num_columns <= config.columns
 
 
-def tile_arguments(q: QTensor, config: TileConfig) -> dict[str, Any]:
-    """Compile-time arguments of a kernel whose tiles hold whole scale blocks."""
-    _, rows, columns = q.format.block
+def share_tile(formats: tuple[Format, Format], config: TileConfig, shape: tuple[int, ...]) -> bool:
+    """Whether one kernel can write both: each has scales, whose blocks lie in one tile."""
+    return all(
+        fits_tile(format, config, shape[-1]) and 0 not in format.scale_shape(shape)
+        for format in formats
+    )
+
+
+def tile_arguments(q: QTensor, second: QTensor | None = None) -> dict[str, Any]:
+    """Arguments of a kernel whose tiles hold whole scale blocks, and that writes one value or two.
+
+    A thread computes the scales of its elements. Of 64 elements in rows of 16 it would divide 32
+    times where each column has a scale of its own, with branches in between; in rows of 4, 8
+    times. Where rows have scales besides, squares are best.
+    """
+    outputs = [q] if second is None else [q, second]
+    is_by_column = [output.format.block[2] == 1 for output in outputs]
     return {
-        "BLOCK_ROWS": rows,
-        "BLOCK_COLUMNS": config.columns if columns == ALL else columns,
-        **_arguments(q, config),
-    }
-
-
-def encode_arguments(q: QTensor, config: TileConfig) -> dict[str, Any]:
-    """Compile-time arguments of a kernel that encodes under scales of blocks of any size."""
-    return {**block_arguments(q.format), **_arguments(q, config)}
-
-
-def block_arguments(format: Format) -> dict[str, int]:
-    """Rows and columns of a scale block of any size."""
-    _, rows, columns = format.block
-    return {"BLOCK_ROWS": max(rows, 0), "BLOCK_COLUMNS": max(columns, 0)}
-
-
-def _arguments(q: QTensor, config: TileConfig) -> dict[str, Any]:
-    return {
-        "TILE_ROWS": config.rows,
-        "TILE_COLUMNS": config.columns,
-        "IS_INTERLEAVED": q.layout == ScaleLayout.INTERLEAVED,
-        **scaling_arguments(q.format),
+        "out": output_of(q),
+        "second_out": None if second is None else output_of(second),
+        "ENCODING": encoding_of(q),
+        "SECOND_ENCODING": None if second is None else encoding_of(second),
+        "NEIGHBORS": 4 if all(is_by_column) else 8 if any(is_by_column) else 16,
     }
 
 
@@ -72,10 +133,23 @@ def num_tiles(num_rows: int, num_columns: int, config: TileConfig) -> int:
 
 
 @triton.jit
-def _tile(num_columns, TILE_COLUMNS: tl.constexpr):
-    """Row and column of this program's tile, in tiles: neighbours in the grid share a row."""
+def _tile(num_columns, TILE_COLUMNS: tl.constexpr, NUM_PROGRAMS: tl.constexpr = 1):
+    """Row and column of this program's tile, in tiles: neighbours in the grid share a row.
+
+    A tile may have several programs, one after another.
+    """
     num_column_tiles = tl.maximum(tl.cdiv(num_columns, TILE_COLUMNS), 1)
-    return tl.program_id(0) // num_column_tiles, tl.program_id(0) % num_column_tiles
+    tile = tl.program_id(0) // NUM_PROGRAMS
+    return tile // num_column_tiles, tile % num_column_tiles
+
+
+@triton.jit
+def _columns(tile_column, TILE_COLUMNS: tl.constexpr, NEIGHBORS: tl.constexpr):
+    """Columns of a tile, of which a thread holds `NEIGHBORS` side by side at most, or 16."""
+    column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    if NEIGHBORS < 16 and NEIGHBORS < TILE_COLUMNS:
+        column = tl.max_contiguous(column, NEIGHBORS)
+    return column
 
 
 @triton.jit
@@ -112,11 +186,14 @@ def _store_tile(
     IS_POW2: tl.constexpr,
     IS_E8M0: tl.constexpr,
     IS_E5M2: tl.constexpr,
+    random=None,
+    LIMIT: tl.constexpr = None,
+    NEIGHBORS: tl.constexpr = 16,
 ):
     """Store a tile under the scales of its magnitudes, and these scales.
 
     `num_columns` is where the tile's matrix ends; in memory it may be part of longer rows, whose
-    scales then start at column `first_scale`.
+    scales then start at column `first_scale`. With random bits it is rounded stochastically.
     """
     TILE_ROWS: tl.constexpr = x.shape[0]
     TILE_COLUMNS: tl.constexpr = x.shape[1]
@@ -124,10 +201,12 @@ def _store_tile(
     NUM_COLUMNS: tl.constexpr = TILE_COLUMNS // BLOCK_COLUMNS
     scale = _scale_of_amax(amax_bits, TARGET, TARGET_EXPONENT, TARGET_MANTISSA, IS_POW2, IS_E8M0)
     blocks = tl.reshape(x, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
-    data = _encode_own(blocks, scale[:, None, :, None], IS_POW2, IS_E5M2)
+    if random is not None:
+        random = tl.reshape(random, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
+    data = _encode_own(blocks, scale[:, None, :, None], IS_POW2, IS_E5M2, random, LIMIT)
 
     row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    column = _columns(tile_column, TILE_COLUMNS, NEIGHBORS)
     tl.store(
         data_ptr + row.to(tl.int64)[:, None] * data_stride_row + column[None, :],
         tl.reshape(data, [TILE_ROWS, TILE_COLUMNS]),
@@ -153,84 +232,124 @@ def _store_tile(
 
 
 @triton.jit
+def _own_amax(x, ENCODING: tl.constexpr):
+    """`_tile_amax` as an encoding wants it; a tile holds whole rows where a block does."""
+    BLOCK_COLUMNS: tl.constexpr = ENCODING.BLOCK_COLUMNS or x.shape[1]
+    return _tile_amax(x, ENCODING.BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def _store_own(
+    x,
+    amax_bits,
+    random,
+    expert,
+    tile_row,
+    tile_column,
+    num_rows,
+    num_columns,
+    first_column,
+    data_stride_row,
+    out,
+    ENCODING: tl.constexpr,
+    NEIGHBORS: tl.constexpr,
+):
+    """`_store_tile` as an encoding wants it, into an output.
+
+    The tile's matrix has `num_columns`; in memory it may be part of longer rows, from
+    `first_column` on.
+    """
+    BLOCK_COLUMNS: tl.constexpr = ENCODING.BLOCK_COLUMNS or x.shape[1]
+    _store_tile(
+        x,
+        amax_bits,
+        tile_row,
+        tile_column,
+        num_rows,
+        num_columns,
+        out.data + expert * num_rows * data_stride_row + first_column,
+        data_stride_row,
+        out.scale + expert * out.stride_expert,
+        out.stride_row,
+        out.stride_column,
+        first_column // BLOCK_COLUMNS if ENCODING.BLOCK_COLUMNS else 0,
+        out.num_column_atoms,
+        ENCODING.BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        ENCODING.IS_INTERLEAVED,
+        ENCODING.TARGET,
+        ENCODING.TARGET_EXPONENT,
+        ENCODING.TARGET_MANTISSA,
+        ENCODING.IS_POW2,
+        ENCODING.IS_E8M0,
+        ENCODING.IS_E5M2,
+        random,
+        ENCODING.LIMIT,
+        NEIGHBORS,
+    )
+
+
+@triton.jit
 def _share_amax(
     x,
     is_inside,
+    expert,
     tile_row,
     tile_column,
     num_columns,
     first_column,
-    amax_ptr,
-    amax_stride_row,
-    amax_stride_column,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    amax,
+    ENCODING: tl.constexpr,
 ):
     """Raise the shared magnitudes, as bits, of the scale blocks that a tile touches.
 
-    `num_columns` and `first_column` as in `_store_encoded`.
+    `num_columns` and `first_column` as in `_store_own`.
     """
     bits = _magnitude_bits(x)
     row = tile_row * x.shape[0] + tl.arange(0, x.shape[0])
     column = tile_column * x.shape[1] + tl.arange(0, x.shape[1])
     # Axes that a block spans are reduced before anything is shared.
     is_written = is_inside
-    if BLOCK_ROWS == 0:
+    if ENCODING.BLOCK_ROWS == 0:
         bits = tl.max(bits, axis=0, keep_dims=True)
         block_row = tl.zeros([1], tl.int64)
         is_written = (column < num_columns)[None, :]
     else:
-        block_row = (row // BLOCK_ROWS).to(tl.int64)
-    if BLOCK_COLUMNS == 0:
+        block_row = (row // ENCODING.BLOCK_ROWS).to(tl.int64)
+    if ENCODING.BLOCK_COLUMNS == 0:
         bits = tl.max(bits, axis=1, keep_dims=True)
         block_column = tl.zeros([1], tl.int64)
         is_written = tl.max(is_written.to(tl.int32), axis=1, keep_dims=True) != 0
     else:
-        block_column = ((first_column + column) // BLOCK_COLUMNS).to(tl.int64)
-    offset = block_row[:, None] * amax_stride_row + block_column[None, :] * amax_stride_column
-    tl.atomic_max(amax_ptr + offset, bits, mask=is_written, sem="relaxed")
+        block_column = ((first_column + column) // ENCODING.BLOCK_COLUMNS).to(tl.int64)
+    offset = block_row[:, None] * amax.stride_row + block_column[None, :] * amax.stride_column
+    if ENCODING.BLOCK_EXPERTS != 0:
+        offset += expert // ENCODING.BLOCK_EXPERTS * amax.stride_expert
+    tl.atomic_max(amax.value + offset, bits, mask=is_written, sem="relaxed")
 
 
 @triton.jit
 def _store_encoded(
     x,
+    random,
     is_inside,
-    expert_in_block,
+    expert,
     tile_row,
     tile_column,
     num_rows,
     num_columns,
     first_column,
-    data_ptr,
     data_stride_row,
-    given_ptr,
-    given_stride_row,
-    given_stride_column,
-    nan_ptr,
-    nan_stride_row,
-    nan_stride_column,
-    scale_ptr,
-    scale_stride_row,
-    scale_stride_column,
-    num_column_atoms,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    given,
+    own_amax,
+    out,
     IS_SCALE_GIVEN: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
-    TARGET: tl.constexpr,
-    TARGET_EXPONENT: tl.constexpr,
-    TARGET_MANTISSA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    IS_POW2: tl.constexpr,
-    IS_E8M0: tl.constexpr,
-    IS_E5M2: tl.constexpr,
-    HAS_NAN: tl.constexpr,
+    ENCODING: tl.constexpr,
 ):
     """Store a tile under given scales, or under those of given magnitudes, and these scales.
 
-    The tile's matrix has `num_columns`; in memory it may be part of longer rows, from
-    `first_column` on. Where the element has no NaN, `nan_ptr` has the magnitudes of the data, whose
-    NaN goes into the scale.
+    `num_columns` and `first_column` as in `_store_own`. Where the element has no NaN, `own_amax`
+    has the magnitudes of the data, whose NaN goes into the scale.
     """
     TILE_ROWS: tl.constexpr = x.shape[0]
     TILE_COLUMNS: tl.constexpr = x.shape[1]
@@ -241,52 +360,68 @@ def _store_encoded(
     # A block that spans an axis has one scale there: it is loaded once, not per element.
     is_first_row = row == 0
     is_first_column = place == 0
-    if BLOCK_ROWS == 0:
+    if ENCODING.BLOCK_ROWS == 0:
         block_row = tl.zeros([1], tl.int64)
         has_row = block_row == 0
     else:
-        block_row = (row // BLOCK_ROWS).to(tl.int64)
+        block_row = (row // ENCODING.BLOCK_ROWS).to(tl.int64)
         has_row = row < num_rows
-        is_first_row = row % BLOCK_ROWS == 0
-    if BLOCK_COLUMNS == 0:
+        is_first_row = row % ENCODING.BLOCK_ROWS == 0
+    if ENCODING.BLOCK_COLUMNS == 0:
         block_column = tl.zeros([1], tl.int64)
         has_column = block_column == 0
     else:
-        block_column = (place // BLOCK_COLUMNS).to(tl.int64)
+        block_column = (place // ENCODING.BLOCK_COLUMNS).to(tl.int64)
         has_column = column < num_columns
-        is_first_column = place % BLOCK_COLUMNS == 0
+        is_first_column = place % ENCODING.BLOCK_COLUMNS == 0
+    if ENCODING.BLOCK_EXPERTS == 0:
+        block_expert = expert * 0
+        is_first_row &= row + expert == row
+    else:
+        block_expert = expert // ENCODING.BLOCK_EXPERTS
+        is_first_row &= row + expert % ENCODING.BLOCK_EXPERTS == row
     has_scale = has_row[:, None] & has_column[None, :]
     given_offset = (
-        block_row[:, None] * given_stride_row + block_column[None, :] * given_stride_column
+        block_expert * given.stride_expert
+        + block_row[:, None] * given.stride_row
+        + block_column[None, :] * given.stride_column
     )
-    given = tl.load(given_ptr + given_offset, mask=has_scale, other=0)
+    given_values = tl.load(given.value + given_offset, mask=has_scale, other=0)
     if IS_SCALE_GIVEN:
-        scale = _loaded_scale(given, IS_E8M0)
+        scale = _loaded_scale(given_values, ENCODING.IS_E8M0)
     else:
-        amax_bits = _magnitude_bits(given)
         scale = _scale_of_amax(
-            amax_bits, TARGET, TARGET_EXPONENT, TARGET_MANTISSA, IS_POW2, IS_E8M0
+            _magnitude_bits(given_values),
+            ENCODING.TARGET,
+            ENCODING.TARGET_EXPONENT,
+            ENCODING.TARGET_MANTISSA,
+            ENCODING.IS_POW2,
+            ENCODING.IS_E8M0,
         )
-    if not HAS_NAN:
-        nan_offset = block_row[:, None] * nan_stride_row + block_column[None, :] * nan_stride_column
-        own_bits = _magnitude_bits(tl.load(nan_ptr + nan_offset, mask=has_scale, other=0))
+    if not ENCODING.HAS_NAN:
+        own_offset = (
+            block_expert * own_amax.stride_expert
+            + block_row[:, None] * own_amax.stride_row
+            + block_column[None, :] * own_amax.stride_column
+        )
+        own_bits = _magnitude_bits(tl.load(own_amax.value + own_offset, mask=has_scale, other=0))
         scale = tl.where(own_bits > 0x7F800000, float("nan"), scale)
 
-    data_offset = row.to(tl.int64)[:, None] * data_stride_row + place[None, :]
-    tl.store(data_ptr + data_offset, _encode(x, scale, LIMIT, IS_E5M2, HAS_NAN), mask=is_inside)
+    data = _encode(x, scale, ENCODING.LIMIT, ENCODING.IS_E5M2, ENCODING.HAS_NAN, random)
+    data_row = expert * num_rows + row.to(tl.int64)
+    data_offset = data_row[:, None] * data_stride_row + place[None, :]
+    tl.store(out.data + data_offset, data, mask=is_inside)
     # The first element of a block writes its scale.
-    scale_offset = _scale_offset(
+    scale_offset = block_expert * out.stride_expert + _scale_offset(
         block_row[:, None],
         block_column[None, :],
-        scale_stride_row,
-        scale_stride_column,
-        num_column_atoms,
-        IS_INTERLEAVED,
+        out.stride_row,
+        out.stride_column,
+        out.num_column_atoms,
+        ENCODING.IS_INTERLEAVED,
     )
-    is_first_row = is_first_row & (row + expert_in_block == row)
-    is_first = is_first_row[:, None] & is_first_column[None, :] & has_scale
     tl.store(
-        scale_ptr + tl.broadcast_to(scale_offset, [TILE_ROWS, TILE_COLUMNS]),
-        tl.broadcast_to(_stored_scale(scale, IS_E8M0), [TILE_ROWS, TILE_COLUMNS]),
-        mask=is_first,
+        out.scale + tl.broadcast_to(scale_offset, [TILE_ROWS, TILE_COLUMNS]),
+        tl.broadcast_to(_stored_scale(scale, ENCODING.IS_E8M0), [TILE_ROWS, TILE_COLUMNS]),
+        mask=is_first_row[:, None] & is_first_column[None, :] & has_scale,
     )

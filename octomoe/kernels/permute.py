@@ -1,8 +1,8 @@
 """Permute: row s of the result is row ``token_of_slot[s]`` of x, payload and scales together.
 
 Bound by bytes: every row of x is read once and written to its slots, so programs walk over the
-tokens. Scales, and slots of no token, are the work of further programs of the same launch, which
-walk over the slots: only so are scale-major scales written in runs.
+tokens. Scales, and slots of no token, are the work of other programs of the same launch, which walk
+over the slots: only so are scale-major scales written in runs.
 """
 
 import torch
@@ -21,6 +21,7 @@ from octomoe.kernels.layouts import (
     empty_scale,
     scale_strides,
 )
+from octomoe.kernels.rows import _clear_padding, _load_slots, _next_choice, _work_of_program
 from octomoe.tune.configs import PermuteConfig
 from octomoe.tune.lookup import permute_config
 
@@ -36,6 +37,7 @@ def _copy_row(
     num_columns,
     x_stride_row,
     x_stride_column,
+    IS_SPARSE: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
     """Read a part of a token's row, write it to every slot of the token."""
@@ -44,26 +46,20 @@ def _copy_row(
     is_inside = column < num_columns
     x_offset = token * x_stride_row + column.to(tl.int64) * x_stride_column
     row = tl.load(x_ptr + x_offset, mask=is_inside, other=0)
-    for choice in range(num_choices):
-        slot = tl.load(slot_of_choice_ptr + token * num_choices + choice).to(tl.int64)
-        # Of one element, since Triton 3.9's interpreter cannot spread the truth of a scalar.
-        has_slot = slot + tl.zeros([1], tl.int64) >= 0
-        tl.store(y_ptr + slot * num_columns + column, row, mask=is_inside & has_slot)
-
-
-@triton.jit
-def _clear_padding(
-    y_ptr, slot, is_padding, num_columns, SLOTS: tl.constexpr, TILE_COLUMNS: tl.constexpr
-):
-    """Zero the rows of a run of slots that belong to no token."""
-    if tl.max(is_padding.to(tl.int32), axis=0) > 0:
-        for first in range(0, num_columns, TILE_COLUMNS):
-            column = first + tl.arange(0, TILE_COLUMNS)
-            tl.store(
-                y_ptr + slot.to(tl.int64)[:, None] * num_columns + column[None, :],
-                tl.zeros([SLOTS, TILE_COLUMNS], y_ptr.dtype.element_ty),
-                mask=is_padding[:, None] & (column < num_columns)[None, :],
-            )
+    if IS_SPARSE:
+        for first in range(0, num_choices, 32):
+            choices, slots = _load_slots(slot_of_choice_ptr, token, first, num_choices, 32)
+            choice = first - 1
+            for _ in range(tl.sum((slots >= 0).to(tl.int32), axis=0)):
+                choice = _next_choice(choices, slots, choice)
+                slot = tl.load(slot_of_choice_ptr + token * num_choices + choice).to(tl.int64)
+                tl.store(y_ptr + slot * num_columns + column, row, mask=is_inside)
+    else:
+        for choice in range(num_choices):
+            slot = tl.load(slot_of_choice_ptr + token * num_choices + choice).to(tl.int64)
+            # Of one element, since Triton 3.9's interpreter cannot spread the truth of a scalar.
+            has_slot = slot + tl.zeros([1], tl.int64) >= 0
+            tl.store(y_ptr + slot * num_columns + column, row, mask=is_inside & has_slot)
 
 
 @triton.jit
@@ -72,7 +68,6 @@ def _permute_kernel(
     y_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
-    num_tokens,
     num_choices,
     num_slots,
     num_columns,
@@ -87,27 +82,29 @@ def _permute_kernel(
     smallest_scale,
     IS_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    IS_SPARSE: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     TILE_SCALES: tl.constexpr,
 ):
-    num_column_tiles = tl.cdiv(num_columns, TILE_COLUMNS)
-    num_row_programs = num_tokens * num_column_tiles
-    if tl.program_id(0) < num_row_programs:
+    serves_slots, number = _work_of_program(tl.cdiv(num_slots, SLOTS))
+    if not serves_slots:
+        num_column_tiles = tl.cdiv(num_columns, TILE_COLUMNS)
         _copy_row(
             x_ptr,
             y_ptr,
             slot_of_choice_ptr,
-            tl.program_id(0) // num_column_tiles,
-            tl.program_id(0) % num_column_tiles * TILE_COLUMNS,
+            number // num_column_tiles,
+            number % num_column_tiles * TILE_COLUMNS,
             num_choices,
             num_columns,
             x_stride_row,
             x_stride_column,
+            IS_SPARSE,
             TILE_COLUMNS,
         )
     else:
-        slot = (tl.program_id(0) - num_row_programs) * SLOTS + tl.arange(0, SLOTS)
+        slot = number * SLOTS + tl.arange(0, SLOTS)
         is_slot = slot < num_slots
         choice = tl.load(choice_of_slot_ptr + slot, mask=is_slot, other=0)
         is_padding = is_slot & (choice < 0)
@@ -145,8 +142,6 @@ def permute(
     payload = x if isinstance(x, Tensor) else x.data
     shape = (routing.num_slots, payload.shape[1])
     y = torch.empty(shape, dtype=payload.dtype, device=payload.device)
-    num_scales = 0 if isinstance(x, Tensor) else x.format.scale_shape(tuple(x.shape))[-1]
-    config = config or permute_config(payload.shape[1], payload.dtype.itemsize, num_scales)
     if isinstance(x, Tensor):
         _launch(payload, y, None, None, routing, config)
         return y
@@ -165,38 +160,41 @@ def _launch(
     x: QTensor | None,
     y: QTensor | None,
     routing: Routing,
-    config: PermuteConfig,
+    config: PermuteConfig | None,
 ) -> None:
     """Start the kernel; `x` and `y` are given if they have a scale per row."""
-    num_columns = payload.shape[1]
-    row_programs = routing.num_tokens * triton.cdiv(num_columns, config.columns)
+    words = _words(payload)
+    num_scales = 0 if x is None else x.format.scale_shape(tuple(x.shape))[-1]
+    config = config or permute_config(
+        words.shape[1], words.dtype.itemsize, num_scales, routing.num_choices
+    )
+    row_programs = routing.num_tokens * triton.cdiv(words.shape[1], config.columns)
     programs = row_programs + triton.cdiv(routing.num_slots, config.slots)
     if programs == 0:
         return
-    payload, permuted = _words(payload), _words(permuted)
     has_scale = x is not None and y is not None
     # Compact scales are gathered in runs. Bringing x's to that form first costs an A-th of the
     # permutation's scales; gathering scale-major ones byte by byte made it 1.1 to 1.4 times slower.
-    x_scale = compact_bytes(x) if x is not None else payload
-    y_scale = as_bytes(y.scale) if y is not None else permuted
+    x_scale = compact_bytes(x) if x is not None else words
+    y_scale = as_bytes(y.scale) if y is not None else words
     is_e8m0 = x is not None and x.scale.dtype == torch.float8_e8m0fnu
     _permute_kernel[(programs,)](
-        payload,
-        permuted,
+        words,
+        _words(permuted),
         routing.slot_of_choice_TA,
         routing.choice_of_slot_S,
-        routing.num_tokens,
         routing.num_choices,
         routing.num_slots,
-        num_columns,
-        *payload.stride(),
+        words.shape[1],
+        *words.stride(),
         x_scale,
         y_scale,
-        x.format.scale_shape(tuple(x.shape))[-1] if x is not None else 0,
+        num_scales,
         *(scale_strides(y)[1:] if y is not None else (0, 0, 0)),
         0.0 if x is None or is_e8m0 else x.format.min_scale,
         IS_INTERLEAVED=y is not None and y.layout == ScaleLayout.INTERLEAVED,
         HAS_SCALE=has_scale,
+        IS_SPARSE=config.is_sparse,
         TILE_COLUMNS=config.columns,
         SLOTS=config.slots,
         TILE_SCALES=config.scales,
@@ -205,6 +203,10 @@ def _launch(
 
 
 def _words(x: Tensor) -> Tensor:
-    """The same memory as integers, which are copied as they are."""
+    """The same memory as integers, which are copied as they are; two for 16 bytes."""
+    # What torch notes beside the memory is brought into it.
+    x = x.resolve_conj().resolve_neg()
+    if x.dtype == torch.complex128:
+        x = torch.view_as_real(x).flatten(1)
     dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.view(dtypes[x.dtype.itemsize])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from octomoe.core.formats import E5M2, Format, Rounding
+from octomoe.kernels.stochastic_rounding import _round_stochastically
 
 # Bits of float32: Inf, a NaN, the mantissa, and 2^-127, the one E8M0 value that is subnormal.
 _INF = tl.constexpr(0x7F800000)
@@ -90,10 +91,36 @@ def _loaded_scale(stored, IS_E8M0: tl.constexpr):
 
 
 @triton.jit
-def _encode_own(x, scale, IS_POW2: tl.constexpr, IS_E5M2: tl.constexpr):
+def _cast(scaled, random, LIMIT: tl.constexpr, IS_E5M2: tl.constexpr, MAY_BE_NAN: tl.constexpr):
+    """float32 to 8-bit floats: to nearest, or by random bits if there are any."""
+    if random is not None:
+        code = _round_stochastically(scaled, random, LIMIT, IS_E5M2)
+        if MAY_BE_NAN:
+            code = tl.where(scaled != scaled, 0x7F, code).to(tl.uint8)
+        if IS_E5M2:
+            stored = code.to(tl.float8e5, bitcast=True)
+        else:
+            stored = code.to(tl.float8e4nv, bitcast=True)
+    elif IS_E5M2:
+        stored = scaled.to(tl.float8e5)
+    else:
+        stored = scaled.to(tl.float8e4nv)
+    return stored
+
+
+@triton.jit
+def _encode_own(
+    x,
+    scale,
+    IS_POW2: tl.constexpr,
+    IS_E5M2: tl.constexpr,
+    random=None,
+    LIMIT: tl.constexpr = None,
+):
     """8-bit floats of x under the scale of its own block, which broadcasts to it.
 
-    Nothing can saturate, and a block with a NaN or an Inf has a scale of NaN.
+    Rounded to nearest nothing saturates; rounded by random bits, what exceeds the limit by an ulp
+    does. A block with a NaN or an Inf has a scale of NaN.
     """
     if IS_POW2:
         # 2^-n for 2^n: a division costs ten times as much.
@@ -105,11 +132,8 @@ def _encode_own(x, scale, IS_POW2: tl.constexpr, IS_E5M2: tl.constexpr):
     else:
         reciprocal = tl.div_rn(1.0, scale)
     scaled = tl.where(scale != scale, 0.0, x.to(tl.float32) * reciprocal)
-    if IS_E5M2:
-        stored = scaled.to(tl.float8e5)
-    else:
-        stored = scaled.to(tl.float8e4nv)
-    return stored
+    # Under a power of two nothing exceeds it.
+    return _cast(scaled, random, None if IS_POW2 else LIMIT, IS_E5M2, False)
 
 
 @triton.jit
@@ -119,6 +143,7 @@ def _encode(
     LIMIT: tl.constexpr,
     IS_E5M2: tl.constexpr,
     HAS_NAN: tl.constexpr,
+    random=None,
 ):
     """8-bit floats of x under a scale that broadcasts to it."""
     x = x.to(tl.float32)
@@ -130,8 +155,4 @@ def _encode(
     if HAS_NAN:
         scaled = tl.where(x != x, float("nan"), scaled)
     scaled = tl.where(reciprocal != reciprocal, 0.0, scaled)
-    if IS_E5M2:
-        stored = scaled.to(tl.float8e5)
-    else:
-        stored = scaled.to(tl.float8e4nv)
-    return stored
+    return _cast(scaled, random, None, IS_E5M2, HAS_NAN)

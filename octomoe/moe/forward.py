@@ -7,8 +7,8 @@ op of its own, so that a dispatch or a combine across ranks can stand between th
 import torch
 from torch import Tensor
 
-from octomoe.core.experts import ExpertWeights
-from octomoe.core.formats import FP8_TENSOR, Format
+from octomoe.core.experts import ExpertWeights, static_scale
+from octomoe.core.formats import Format
 from octomoe.ops.activation_quantize import activation_quantize
 from octomoe.ops.build_routing import build_routing
 from octomoe.ops.grouped_gemm import grouped_gemm
@@ -44,9 +44,8 @@ def moe_forward(
     Raises:
         TypeError, ValueError, NotImplementedError: as the ops.
     """
-    is_static = activation_format == FP8_TENSOR
-    x_scale = experts.w13_input_scale if is_static else None
-    h_scale = experts.w2_input_scale if is_static else None
+    x_scale = static_scale(experts.w13_input_scale, activation_format)
+    h_scale = static_scale(experts.w2_input_scale, activation_format)
 
     routing = build_routing(
         topk_ids_TA, experts.num_experts, expert_map=expert_map, backend=backend

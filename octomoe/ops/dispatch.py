@@ -23,6 +23,7 @@ _MODULES: Final = {
 
 OPS: Final = (
     "quantize",
+    "quantize_both",
     "dequantize",
     "requantize",
     "build_routing",

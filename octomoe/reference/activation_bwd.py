@@ -11,6 +11,7 @@ from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.reference.activation_quantize import nonlinear
 from octomoe.reference.quantize import quantize
+from octomoe.reference.quantize_both import quantize_both
 
 
 def activation_bwd(
@@ -21,12 +22,35 @@ def activation_bwd(
     format: Format | None = None,
     layout: ScaleLayout = COMPACT,
     out_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor | QTensor:
     """``[S, F] -> [S, 2F]`` if gated, else ``[S, F]``; see `octomoe.activation_bwd`."""
     dh = activate_bwd(dy, h, activation)
     if format is not None:
-        return quantize(dh, format, layout=layout)
+        return quantize(dh, format, layout=layout, seed=seed)
     return dh.to(dy.dtype if out_dtype is None else out_dtype).contiguous()
+
+
+def activation_bwd_both(
+    dy: Tensor,
+    h: Tensor,
+    activation: Activation,
+    row_format: Format,
+    column_format: Format,
+    *,
+    row_layout: ScaleLayout = COMPACT,
+    column_layout: ScaleLayout = COMPACT,
+    seed: Tensor | None = None,
+) -> tuple[QTensor, QTensor]:
+    """The gradient in two formats; see `octomoe.activation_bwd_both`."""
+    return quantize_both(
+        activate_bwd(dy, h, activation),
+        row_format,
+        column_format,
+        row_layout=row_layout,
+        column_layout=column_layout,
+        seed=seed,
+    )
 
 
 def activate_bwd(dy: Tensor, h: Tensor, activation: Activation) -> Tensor:

@@ -9,6 +9,7 @@ from octomoe.core.formats import Format
 from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.reference.quantize import quantize
+from octomoe.reference.quantize_both import quantize_both
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -48,6 +49,28 @@ def activation_quantize(
     *,
     layout: ScaleLayout = COMPACT,
     scale: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> QTensor:
     """``quantize(act(h))`` with no rounding in between; see `octomoe.activation_quantize`."""
-    return quantize(activate(h, activation), format, layout=layout, scale=scale)
+    return quantize(activate(h, activation), format, layout=layout, scale=scale, seed=seed)
+
+
+def activation_quantize_both(
+    h: Tensor,
+    activation: Activation,
+    row_format: Format,
+    column_format: Format,
+    *,
+    row_layout: ScaleLayout = COMPACT,
+    column_layout: ScaleLayout = COMPACT,
+    seed: Tensor | None = None,
+) -> tuple[QTensor, QTensor]:
+    """``quantize_both(act(h))``; see `octomoe.activation_quantize_both`."""
+    return quantize_both(
+        activate(h, activation),
+        row_format,
+        column_format,
+        row_layout=row_layout,
+        column_layout=column_layout,
+        seed=seed,
+    )

@@ -11,8 +11,8 @@ before the experts. Sums are float32, over the choices of a token in their order
 import torch
 from torch import Tensor
 
-from octomoe.core.experts import ExpertWeights
-from octomoe.core.formats import FP8_TENSOR, Format
+from octomoe.core.experts import ExpertWeights, static_scale
+from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.reference.activation_quantize import activate, activation_quantize
@@ -55,14 +55,6 @@ def fused_moe(
 
     y_TD = unpermute(y_SD, routing, topk_weights)
     return (y_TD * routed_scaling_factor).to(hidden_states.dtype)
-
-
-def static_scale(scale: Tensor | None, format: Format) -> Tensor | None:
-    """A layer's static activation scale as ``[1, 1]``, None where scales are dynamic.
-
-    Static scales belong to per-tensor activations only.
-    """
-    return scale.reshape(1, 1) if scale is not None and format == FP8_TENSOR else None
 
 
 def _quantize_in(x: Tensor, experts: ExpertWeights, format: Format) -> QTensor:

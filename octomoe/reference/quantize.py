@@ -2,7 +2,8 @@
 
 All arithmetic is float32. The reciprocal is rounded once per block and multiplied, so that a kernel
 needs one division per block; for power-of-two scales it is exact. The cast rounds to nearest, ties
-to even, and saturates.
+to even, and saturates. With a seed it rounds up or down at random instead
+(`octomoe.reference.stochastic_rounding`), and saturates all the same.
 
 Values that are no numbers: a block with a NaN or an Inf gets a NaN scale (E8M0: byte 0xFF) and
 zero data, so each of its values reads back as NaN. Under a given `amax` or `scale` an Inf
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 from octomoe.core.formats import ALL, Format, Rounding
 from octomoe.core.layouts import COMPACT, ScaleLayout, pack
 from octomoe.core.qtensor import QTensor, expand_scale
+from octomoe.reference.stochastic_rounding import random_bits, round_stochastically
 
 # Elements quantised at once on a CPU: their float32 values fit in a core's cache.
 _PART: Final = 1 << 18
@@ -34,6 +36,7 @@ def quantize(
     layout: ScaleLayout = COMPACT,
     amax: Tensor | None = None,
     scale: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> QTensor:
     """Quantise ``[rows, columns]`` or ``[experts, rows, columns]``; see `octomoe.quantize`."""
     data = torch.empty(x.shape, dtype=format.element.dtype, device=x.device)
@@ -50,8 +53,11 @@ def quantize(
             None if given_amax is None else given_amax[index],
             None if given_scale is None else given_scale[index],
         )
-        is_own = amax is None and scale is None
-        _encode(x[index], scale_out[index], format, data[index], is_own=is_own)
+        if seed is None:
+            is_own = amax is None and scale is None
+            _encode(x[index], scale_out[index], format, data[index], is_own=is_own)
+    if seed is not None:
+        _encode_at_random(x, scale_out, format, data, seed)
     return QTensor(data, pack(scale_out, layout), format, layout)
 
 
@@ -146,14 +152,37 @@ def _encode(x: Tensor, scale: Tensor, format: Format, out: Tensor, *, is_own: bo
         for part, factor in _row_parts(x, reciprocal, format):
             out[part] = (x[part] * factor).clamp_(-limit, limit)
         return
-    expanded = expand_scale(reciprocal, format, tuple(x.shape))
-    scaled = torch.clamp(x.to(torch.float32) * expanded, -limit, limit)
+    out.copy_(_scaled(x, expand_scale(reciprocal, format, tuple(x.shape)), format))
+
+
+def _scaled(x: Tensor, factor: Tensor, format: Format) -> Tensor:
+    """What is cast, in float32, of any values under any factors of their elements."""
+    limit = format.element.max
+    scaled = torch.clamp(x.to(torch.float32) * factor, -limit, limit)
     # NaN is stored for NaN only, in one pattern whatever its sign: a given scale of zero or Inf
     # makes none.
     scaled = torch.where(scaled.isnan(), 0.0, scaled)
     if format.element.has_nan:
         scaled = torch.where(x.isnan(), torch.nan, scaled)
-    out.copy_(torch.where(expanded.isnan(), 0.0, scaled))
+    return torch.where(factor.isnan(), 0.0, scaled)
+
+
+def _encode_at_random(
+    x: Tensor, scale: Tensor, format: Format, out: Tensor, seed: Tensor, first_row: int = 0
+) -> None:
+    """Round stochastically; x starts at row `first_row` of a tensor, counted through experts."""
+    num_rows, num_columns = x.shape[-2:]
+    if x.dim() == 3:
+        experts = format.block[0]
+        for e in range(x.shape[0]):
+            of_expert = scale[0 if experts == ALL else e // experts]
+            _encode_at_random(x[e], of_expert, format, out[e], seed, first_row + e * num_rows)
+        return
+    for part, factor in _row_parts(x, 1.0 / scale.to(torch.float32), format):
+        start, stop, _ = part.indices(num_rows)
+        bits = random_bits(seed, range(first_row + start, first_row + stop), num_columns)
+        scaled = _scaled(x[part], factor, format)
+        out[part] = round_stochastically(scaled, bits, format.element).view(out.dtype)
 
 
 def _rows_per_part(x: Tensor, format: Format) -> int:

@@ -26,12 +26,14 @@ class PermuteConfig:
         slots: whose scales one program moves; a power of two.
         scales: of a row that it moves at once; a power of two.
         num_warps: of a program.
+        is_sparse: choices without a slot are skipped, not read in vain.
     """
 
     columns: int
     slots: int = 32
     scales: int = 32
     num_warps: int = 4
+    is_sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,10 @@ class RoutingConfig:
         is_single: one launch does everything; it ignores `rounds`.
         sample: choices that such a launch counts at once; a power of two.
         sum_blocks, sum_experts: counts that are summed at once; powers of two.
-        num_warps: of a program; no more threads than choices, which are then counted once each.
+        sum_warps: of a program that sums.
+        place_warps: of a program that turns ranks into slots.
+        num_warps: of any other; no more threads than choices, which are then counted once each.
+        is_chained: kernels are launched before their predecessors end.
     """
 
     choices: int = 64
@@ -55,7 +60,20 @@ class RoutingConfig:
     sample: int = 1024
     sum_blocks: int = 512
     sum_experts: int = 4
+    sum_warps: int = 8
+    place_warps: int = 4
     num_warps: int = 2
+    is_chained: bool = False
+
+    @property
+    def block(self) -> int:
+        """Choices that one program counts."""
+        return self.rounds * self.choices
+
+    @property
+    def placed(self) -> int:
+        """Choices of a block that one program places at once; a power of two."""
+        return min(1 << (self.block - 1).bit_length(), 16 * self.choices)
 
     @property
     def slots(self) -> int:
@@ -65,4 +83,116 @@ class RoutingConfig:
     @property
     def padding(self) -> int:
         """Slots behind each of `bins` experts that a program clears at once: as registers allow."""
-        return min(max(8192 // self.bins, 1), 32)
+        return min(max(4096 // self.bins, 1), 8)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTileConfig:
+    """How one half of a layer of experts is cut.
+
+    Attributes:
+        rows: slots of a tile, all of one expert; a power of two.
+        columns: of a tile, rows of weights; a power of two.
+        num_warps: of a program.
+        num_stages: loads in flight.
+        unroll: steps along the depth that are loaded at once (up).
+        splits: parts of the depth, each a program's (up).
+        tiles: that a program computes one after another (down).
+        held: the longest depth whose rows a program keeps for all of its tiles (down).
+    """
+
+    rows: int
+    columns: int
+    num_warps: int = 4
+    num_stages: int = 3
+    unroll: int = 1
+    splits: int = 1
+    tiles: int = 1
+    held: int = 0
+
+    def is_legal(self, row_bytes: int, weight_bytes: int, parts: int, smem: int) -> bool:
+        """Whether it can run.
+
+        Args:
+            row_bytes, weight_bytes: of an element.
+            parts: gate and up rows are two.
+            smem: bytes of shared memory that a program may use.
+        """
+        columns = self.columns * parts
+        loads = (
+            self.num_stages * self.unroll * 128 * (self.rows * row_bytes + columns * weight_bytes)
+        )
+        if self.held:
+            loads = self.held * (self.rows * row_bytes + self.num_stages * columns * weight_bytes)
+        # Bytes that meet wider rows lie there once more.
+        converted = 128 * columns * row_bytes if row_bytes != weight_bytes else 0
+        return max(loads + converted, 4 * self.rows * columns) <= smem
+
+
+@dataclass(frozen=True, slots=True)
+class FusedMoeConfig:
+    """How `fused_moe` runs.
+
+    Attributes:
+        up, down: how the two halves are cut.
+        is_swapped: weight rows take the side of the tensor core's tile that has 64 at least.
+        has_descriptors: weights are loaded by TMA.
+        is_chained: kernels are launched before their predecessors end.
+        combined: columns that a program of the combine sums.
+    """
+
+    up: ExpertTileConfig
+    down: ExpertTileConfig
+    is_swapped: bool = False
+    has_descriptors: bool = False
+    is_chained: bool = False
+    combined: int = 1024
+
+    @property
+    def rows(self) -> int:
+        """What the slots of an expert are a multiple of."""
+        return max(self.up.rows, self.down.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """How a grouped GEMM cuts its work.
+
+    Attributes:
+        rows, columns: of a tile of the result.
+        depth: of a step of the sum.
+        parts: of a step; a scale that is constant over a part multiplies its product.
+        num_warps: of a program.
+        num_stages: steps that lie in shared memory at once.
+        group: tiles of rows whose programs run side by side.
+        is_swapped: columns take that side of the tensor core's tile which has 64 at least.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    parts: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    group: int = 8
+    is_swapped: bool = False
+
+    def is_legal(self, row_bytes: int, column_bytes: int, product_bytes: int, smem: int) -> bool:
+        """Whether it can run.
+
+        Args:
+            row_bytes, column_bytes: of an element of each side as it is loaded.
+            product_bytes: of an element as tensor cores take it.
+            smem: bytes of shared memory that a program may use.
+        """
+        part = self.depth // self.parts
+        sizes = (self.rows, self.columns, self.depth, self.parts, self.num_warps)
+        is_cut = all(size > 0 and size & (size - 1) == 0 for size in sizes)
+        # 16 bytes of out are turned together; an instruction takes 32 bytes of the depth.
+        is_cut &= min(self.rows, self.columns) >= 16 and part * product_bytes >= 32
+        step = self.rows * row_bytes + self.columns * column_bytes
+        loads = self.num_stages * self.depth * step
+        # What is converted or turned lies there once more; the result comes when all that is gone.
+        converted = part * (self.rows + self.columns) * product_bytes
+        result = 4 * self.rows * self.columns
+        return is_cut and max(loads + converted, result) <= smem

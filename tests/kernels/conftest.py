@@ -51,6 +51,40 @@ def _true_casts(interpreter_cast: Callable[..., object]) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def interpreter_dot() -> Callable[..., object]:
+    """How Triton's interpreter itself multiplies matrices."""
+    from triton.runtime import interpreter
+
+    return interpreter.InterpreterBuilder.create_dot
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _true_products(interpreter_dot: Callable[..., object]) -> Iterator[None]:
+    """Multiply bf16 matrices as numbers: Triton's interpreter (3.6 to 3.9) takes their bits.
+
+    `test_the_interpreter_still_needs_this` says when it no longer does.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(operand):
+        if operand.dtype != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(numpy.uint32) << 16
+        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
+
+    def dot(builder, a, b, *rest):
+        return interpreter_dot(builder, widened(a), widened(b), *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _loop_bounds() -> Iterator[None]:
     """Let a loop run up to an argument: Triton 3.6 makes an int of an array of one element.

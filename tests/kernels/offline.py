@@ -29,8 +29,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from octomoe.core.activations import SILU, SWIGLU_OAI
+from octomoe.core.device import Target
+from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import (
     FP8_BLOCK128,
+    FP8_COLUMN128,
     FP8_EXPERT,
     FP8_GROUP128,
     FP8_ROW,
@@ -42,15 +46,27 @@ from octomoe.core.formats import (
 )
 from octomoe.core.layouts import GEMM_READY, INTERLEAVED
 from octomoe.core.qtensor import QTensor
-from octomoe.core.routing import Routing
+from octomoe.core.routing import Routing, routing_of_slots, slot_capacity, slots_of_mask
+from octomoe.kernels.activation_bwd import activation_bwd, activation_bwd_both
+from octomoe.kernels.activation_quantize import activation_quantize, activation_quantize_both
+from octomoe.kernels.build_routing import build_routing as build_routing_kernel
+from octomoe.kernels.fused_moe import experts_forward
+from octomoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from octomoe.kernels.moe_align_block_size import moe_align_block_size
 from octomoe.kernels.permute import permute
 from octomoe.kernels.quantize import quantize
+from octomoe.kernels.quantize_both import quantize_both
 from octomoe.kernels.unpermute import unpermute
+from octomoe.kernels.unpermute_bwd import unpermute_bwd
 from octomoe.reference.build_routing import build_routing
 from octomoe.reference.quantize import quantize as quantize_reference
+from octomoe.tune.fused_moe import fused_moe_config
+from octomoe.tune.lookup import routing_config
 
 # Widths of a row: of a real model, and one that allows accesses of single elements only.
 WIDE, ODD = 7168, 131
+# What goes with MXFP8 along the other axis.
+MXFP8_COLUMN = Format.parse("mxfp8[1,32,1]")
 
 # What is counted: tensor cores, TMA, copies to shared memory, spills, fused multiply-adds.
 _KINDS = ("QGMMA", "HGMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "FFMA")
@@ -67,11 +83,14 @@ class Case:
         run: makes small tensors and calls.
         load_bytes, store_bytes: of the widest access to global memory that its kernels must have
             on sm90; 0 claims nothing.
+        tensor_core: the instruction for products on sm90, on tiles that were copied to shared
+            memory ahead; none if empty.
     """
 
     run: Callable[[], object]
     load_bytes: int = 16
     store_bytes: int = 16
+    tensor_core: str = ""
 
 
 CASES = {
@@ -88,6 +107,55 @@ CASES = {
     "quantize mxfp8_e5m2 float32": Case(lambda: quantize(rows(dtype=torch.float32), MXFP8_E5M2)),
     "quantize mxfp8_2d": Case(lambda: quantize(experts(), MXFP8_2D)),
     "quantize odd width": Case(lambda: quantize(rows(width=ODD), FP8_GROUP128), 0, 0),
+    # Rows of 4 per thread, for few divisions.
+    "quantize fp8_column128": Case(lambda: quantize(rows(), FP8_COLUMN128), 8, 4),
+    "quantize fp8_group128 seed": Case(lambda: quantize(rows(), FP8_GROUP128, seed=seed())),
+    "quantize fp8_tensor seed": Case(lambda: quantize(rows(), FP8_TENSOR, seed=seed())),
+    "quantize mxfp8 seed": Case(lambda: quantize(rows(), MXFP8, layout=GEMM_READY, seed=seed())),
+    "quantize fp8_column128 seed": Case(lambda: quantize(rows(), FP8_COLUMN128, seed=seed()), 8, 4),
+    "quantize_both fp8": Case(lambda: quantize_both(rows(), FP8_GROUP128, FP8_COLUMN128), 16, 8),
+    "quantize_both mxfp8": Case(lambda: quantize_both(rows(), MXFP8, MXFP8_COLUMN), 16, 8),
+    "quantize_both mxfp8 seed": Case(
+        lambda: quantize_both(rows(), MXFP8, MXFP8_COLUMN, seed=seed()), 16, 8
+    ),
+    "activation_quantize fp8_group128": Case(
+        lambda: activation_quantize(rows(width=4096), SILU, FP8_GROUP128)
+    ),
+    "activation_quantize fp8_tensor": Case(
+        lambda: activation_quantize(rows(width=4096), SILU, FP8_TENSOR)
+    ),
+    "activation_quantize mxfp8 seed": Case(
+        lambda: activation_quantize(rows(width=4096), SILU, MXFP8, seed=seed())
+    ),
+    "activation_quantize_both fp8": Case(
+        lambda: activation_quantize_both(rows(width=4096), SILU, FP8_GROUP128, FP8_COLUMN128),
+        16,
+        8,
+    ),
+    "activation_quantize_both mxfp8 seed": Case(
+        lambda: activation_quantize_both(rows(width=4096), SILU, MXFP8, MXFP8_COLUMN, seed=seed()),
+        16,
+        8,
+    ),
+    "activation_bwd bf16": Case(lambda: activation_bwd(*gradients(), SILU)),
+    "activation_bwd fp8_group128": Case(
+        lambda: activation_bwd(*gradients(), SILU, format=FP8_GROUP128)
+    ),
+    "activation_bwd fp8_block128": Case(
+        lambda: activation_bwd(*gradients(), SWIGLU_OAI, format=FP8_BLOCK128)
+    ),
+    "activation_bwd fp8_tensor": Case(
+        lambda: activation_bwd(*gradients(), SILU, format=FP8_TENSOR)
+    ),
+    "activation_bwd fp8_group128 seed": Case(
+        lambda: activation_bwd(*gradients(), SILU, format=FP8_GROUP128, seed=seed())
+    ),
+    "activation_bwd_both fp8": Case(
+        lambda: activation_bwd_both(*gradients(), SILU, FP8_GROUP128, FP8_COLUMN128), 16, 8
+    ),
+    "activation_bwd_both mxfp8 seed": Case(
+        lambda: activation_bwd_both(*gradients(), SILU, MXFP8, MXFP8_COLUMN, seed=seed()), 16, 8
+    ),
     "permute bf16": Case(lambda: permute(tokens(), routing())),
     "permute bf16 one choice": Case(lambda: permute(tokens(), routing(1))),
     "permute fp8_group128 to gemm_ready": Case(
@@ -107,12 +175,119 @@ CASES = {
         lambda: unpermute(slots(dtype=torch.float32), routing(), weights())
     ),
     "unpermute odd width": Case(lambda: unpermute(slots(width=ODD), routing(), weights()), 0, 0),
+    "permute complex128": Case(
+        lambda: permute(torch.ones(64, 896, dtype=torch.complex128), routing())
+    ),
+    "permute mxfp8 to gemm_ready": Case(
+        lambda: permute(quantized(MXFP8), routing(), layout=GEMM_READY)
+    ),
+    "permute mask": Case(lambda: permute(tokens(), masked())),
+    "unpermute mask": Case(lambda: unpermute(slots(), masked())),
+    "unpermute mask weights": Case(lambda: unpermute(slots(), masked(), torch.empty(64, 64))),
+    "unpermute_bwd bf16": Case(lambda: unpermute_bwd(tokens(), slots(), routing(), weights())),
+    "unpermute_bwd float32": Case(
+        lambda: unpermute_bwd(
+            rows(64, dtype=torch.float32), slots(dtype=torch.float32), routing(), weights()
+        )
+    ),
+    "unpermute_bwd mask": Case(
+        lambda: unpermute_bwd(tokens(), slots(), masked(), torch.empty(64, 64))
+    ),
+    "unpermute_bwd odd width": Case(
+        lambda: unpermute_bwd(tokens(width=ODD), slots(width=ODD), routing(), weights()), 0, 0
+    ),
+    "build_routing one token": Case(lambda: route(1), 4, 4),
+    "build_routing one launch": Case(lambda: route(256), 4, 4),
+    "build_routing three launches": Case(lambda: route(8192), 4, 4),
+    "build_routing many tokens": Case(lambda: route(131072), 4, 4),
+    "build_routing many experts": Case(lambda: route(8192, 5000), 4, 4),
+    "build_routing map": Case(lambda: route(8192, has_map=True), 4, 4),
+    "moe_align_block_size": Case(lambda: moe_align_block_size(ids(64), 16, 256), 4, 4),
+    # Tiles are loaded by copies to shared memory, which are not among the loads.
+    "fused_moe fp8_block128 one token": Case(lambda: layer(1, FP8_BLOCK128), 0, 0, "QGMMA"),
+    "fused_moe fp8_block128 few": Case(lambda: layer(64, FP8_BLOCK128), 0, 0, "QGMMA"),
+    "fused_moe fp8_block128 some": Case(lambda: layer(256, FP8_BLOCK128), 0, 0, "QGMMA"),
+    "fused_moe fp8_block128 more": Case(lambda: layer(512, FP8_BLOCK128), 0, 0, "QGMMA"),
+    "fused_moe fp8_block128 many": Case(lambda: layer(8192, FP8_BLOCK128), 0, 0, "QGMMA"),
+    "fused_moe fp8_row few": Case(lambda: layer(64, FP8_ROW), 0, 0, "QGMMA"),
+    "fused_moe fp8_row many": Case(lambda: layer(8192, FP8_ROW), 0, 0, "QGMMA"),
+    "fused_moe bf16 x fp8_block128 few": Case(
+        lambda: layer(64, FP8_BLOCK128, is_weight_only=True), 0, 0, "HGMMA"
+    ),
+    "fused_moe bf16 x fp8_block128 many": Case(
+        lambda: layer(8192, FP8_BLOCK128, is_weight_only=True), 0, 0, "HGMMA"
+    ),
+    "grouped_gemm fp8_block128 few": Case(
+        lambda: grouped_gemm(side(64, FP8_GROUP128), stack(FP8_BLOCK128), offsets()), 0, 16, "QGMMA"
+    ),
+    "grouped_gemm fp8_block128": Case(
+        lambda: grouped_gemm(side(8192, FP8_GROUP128), stack(FP8_BLOCK128), offsets()),
+        0,
+        16,
+        "QGMMA",
+    ),
+    "grouped_gemm fp8_row": Case(
+        lambda: grouped_gemm(side(8192, FP8_ROW), stack(FP8_ROW), offsets()), 0, 16, "QGMMA"
+    ),
+    "grouped_gemm mxfp8 few": Case(
+        lambda: grouped_gemm(side(64, MXFP8), stack(MXFP8), offsets()), 0, 16, "QGMMA"
+    ),
+    "grouped_gemm mxfp8": Case(
+        lambda: grouped_gemm(side(8192, MXFP8), stack(MXFP8), offsets()), 0, 16, "HGMMA"
+    ),
+    "grouped_gemm bf16 x fp8_block128": Case(
+        lambda: grouped_gemm(side(8192), stack(FP8_BLOCK128), offsets()), 0, 16, "HGMMA"
+    ),
+    "grouped_gemm bf16 few": Case(
+        lambda: grouped_gemm(side(64), stack(), offsets()), 0, 16, "HGMMA"
+    ),
+    "grouped_gemm float32": Case(
+        lambda: grouped_gemm(side(64, torch.float32), stack(torch.float32), offsets()), 0, 16
+    ),
+    "grouped_gemm odd width": Case(
+        lambda: grouped_gemm(side(64, FP8_GROUP128, ODD), stack(FP8_BLOCK128, ODD, ODD), offsets()),
+        0,
+        0,
+    ),
+    "grouped_gemm_dgrad fp8_block128": Case(
+        lambda: grouped_gemm_dgrad(side(8192, FP8_GROUP128), stack(FP8_BLOCK128), offsets()),
+        0,
+        16,
+        "QGMMA",
+    ),
+    "grouped_gemm_dgrad fp8_row": Case(
+        lambda: grouped_gemm_dgrad(side(8192, FP8_ROW), stack(FP8_ROW), offsets()), 0, 16, "HGMMA"
+    ),
+    "grouped_gemm_wgrad fp8_column128": Case(
+        lambda: grouped_gemm_wgrad(side(8192, FP8_COLUMN128), side(8192, FP8_COLUMN128), offsets()),
+        0,
+        16,
+        "HGMMA",
+    ),
+    "grouped_gemm_wgrad mxfp8": Case(
+        lambda: grouped_gemm_wgrad(side(8192, MXFP8), side(8192, MXFP8), offsets()),
+        0,
+        16,
+        "HGMMA",
+    ),
+    "grouped_gemm_wgrad bf16": Case(
+        lambda: grouped_gemm_wgrad(side(8192), side(8192), offsets()), 0, 16, "HGMMA"
+    ),
 }
 
 
 def rows(num: int = 4096, width: int = WIDE, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Memory that nobody reads: its size decides how a launcher cuts the work."""
     return torch.empty(num, width, dtype=dtype)
+
+
+def seed() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def gradients() -> tuple[Tensor, Tensor]:
+    """Of an activation's result, and its input."""
+    return rows(width=2048), rows(width=4096)
 
 
 def experts() -> Tensor:
@@ -137,6 +312,90 @@ def slots(num: int = 512, width: int = WIDE, dtype: torch.dtype = torch.bfloat16
 
 def weights() -> Tensor:
     return torch.empty(64, 8)
+
+
+def masked() -> Routing:
+    """Eight of 64 experts for every token, as a mask gives them."""
+    is_chosen = (torch.arange(64)[:, None] + torch.arange(64)) % 8 == 0
+    return routing_of_slots(slots_of_mask(is_chosen), 512)
+
+
+def ids(num_tokens: int) -> Tensor:
+    return torch.empty(num_tokens, 8, dtype=torch.int32)
+
+
+def machine() -> Target:
+    """The device that is compiled for."""
+    compiled = driver.active.get_current_target()
+    if compiled.backend == "hip":
+        return Target(compiled.arch, sms=304, smem=65536, is_hip=True)
+    return Target("NVIDIA H200", arch=compiled.arch, sms=132, smem=232448)
+
+
+def route(num_tokens: int, num_experts: int = 256, has_map: bool = False) -> None:
+    topk_ids = ids(num_tokens)
+    expert_map = torch.empty(num_experts, dtype=torch.int32) if has_map else None
+    config = routing_config(topk_ids.numel(), num_experts, topk_ids.numel(), machine())
+    build_routing_kernel(topk_ids, num_experts, expert_map=expert_map, config=config)
+
+
+def layer(num_tokens: int, weights: Format, *, is_weight_only: bool = False) -> None:
+    """A layer of 128 experts of which a token chooses 8, from rows to the sum over experts."""
+    format = {FP8_BLOCK128: FP8_GROUP128, FP8_ROW: FP8_ROW}[weights]
+    activations = None if is_weight_only else format
+    experts = ExpertWeights(
+        _in_memory((128, 768, 4096), weights), _in_memory((128, 4096, 384), weights)
+    )
+    config = fused_moe_config(
+        num_tokens,
+        num_choices=8,
+        num_experts=128,
+        width=384,
+        has_steps=activations == FP8_GROUP128,
+        row_bytes=2 if is_weight_only else 1,
+        target=machine(),
+    )
+    num_slots = slot_capacity(num_tokens, 8, 128, config.rows)
+    routing = Routing(
+        torch.empty(129, dtype=torch.int32),
+        torch.empty(num_tokens, 8, dtype=torch.int32),
+        torch.empty(num_slots, dtype=torch.int32),
+        config.rows,
+    )
+    experts_forward(
+        _in_memory((num_tokens, 4096), activations or torch.bfloat16),
+        experts,
+        torch.empty(num_tokens, 8),
+        routing,
+        torch.empty(num_slots // config.rows, dtype=torch.int32),
+        activation_format=activations,
+        out_dtype=torch.bfloat16,
+        routed_scaling_factor=1.0,
+        config=config,
+    )
+
+
+def side(
+    num: int, format: Format | torch.dtype = torch.bfloat16, width: int = 4096
+) -> Tensor | QTensor:
+    return _in_memory((num, width), format)
+
+
+def stack(
+    format: Format | torch.dtype = torch.bfloat16, num_rows: int = 4096, width: int = 4096
+) -> Tensor | QTensor:
+    return _in_memory((16, num_rows, width), format)
+
+
+def offsets() -> Tensor:
+    return torch.zeros(17, dtype=torch.int32)
+
+
+def _in_memory(shape: tuple[int, ...], format: Format | torch.dtype) -> Tensor | QTensor:
+    if isinstance(format, torch.dtype):
+        return torch.empty(shape, dtype=format)
+    scale = torch.empty(format.scale_shape(shape), dtype=format.scale_dtype)
+    return QTensor(torch.empty(shape, dtype=format.element.dtype), scale, format)
 
 
 @dataclass

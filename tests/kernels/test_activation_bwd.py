@@ -23,6 +23,7 @@ from octomoe import (
     Activation,
     Format,
     activation_bwd,
+    activation_bwd_both,
 )
 from octomoe.tune.configs import TileConfig
 
@@ -65,6 +66,14 @@ FORMATS = (
     Format.parse("fp8[2,3,5]"),
 )
 EACH_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+# One kernel, and two passes.
+PAIRS = (
+    (FP8_GROUP128, FP8_COLUMN128),
+    (MXFP8, Format.parse("mxfp8[1,32,1]")),
+    (FP8_ROW, FP8_COLUMN128),
+    (FP8_TENSOR, MXFP8_2D.derive(element=E4M3_240)),
+)
+EACH_PAIR = pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p[0].name} and {p[1].name}")
 EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 RELU2_GATED = Activation.parse("relu2")
 
@@ -185,6 +194,48 @@ def test_any_tile_gives_the_same_bits(config, kernel_device, assert_same_bits):
         expected = activation_bwd(dy_SF, h_SN, RELU2, format=format, backend="reference")
         actual = kernel.activation_bwd(dy_SF, h_SN, RELU2, format=format, config=config)
         assert_same_bits(actual, expected)
+
+
+@EACH_FORMAT
+@EACH_CASE
+def test_random_bits_are_the_reference_s(case, format, kernel_device, assert_equals_reference):
+    # Groups of random numbers reach from the gate's columns into up's where 4 divides no width.
+    dy_SF, h_SN = make_inputs(case, RELU2_GATED, kernel_device)
+    assert_equals_reference(activation_bwd, dy_SF, h_SN, RELU2_GATED, format=format, seed=21)
+
+
+@EACH_PAIR
+@EACH_CASE
+def test_both_equal_the_reference(case, pair, kernel_device, assert_equals_reference):
+    dy_SF, h_SN = make_inputs(case, RELU2_GATED, kernel_device)
+    arguments = (dy_SF, h_SN, RELU2_GATED, *pair)
+    for options in ({"row_layout": GEMM_READY}, {"column_layout": INTERLEAVED, "seed": 22}):
+        assert_equals_reference(activation_bwd_both, *arguments, **options)
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("name", EXACT)
+def test_both_of_what_is_no_number(name, pair, kernel_device, assert_equals_reference):
+    activation = Activation.parse(name)
+    dy_SF, h_SN = make_inputs((37, 256), activation, kernel_device)
+    h_SN[3, 5], h_SN[4, 5], h_SN[7, -3], dy_SF[9, 2] = torch.nan, torch.inf, 1e30, -torch.inf
+    assert_equals_reference(activation_bwd_both, dy_SF, h_SN, activation, *pair)
+
+
+@pytest.mark.parametrize("name", ["relu2", "relu2:ungated"])
+@pytest.mark.parametrize("config", [TileConfig(128, 128, 8), TileConfig(32, 256, 8)])
+def test_any_tile_gives_the_same_bits_of_both(config, name, kernel_device, assert_same_bits):
+    from octomoe.kernels import activation_bwd as kernel
+
+    activation = Activation.parse(name)
+    dy_SF, h_SN = make_inputs((140, 256), activation, kernel_device)
+    for seed in (None, torch.tensor(23, device=kernel_device)):
+        for pair in PAIRS:
+            arguments = (dy_SF, h_SN, activation, *pair)
+            expected = activation_bwd_both(*arguments, seed=seed, backend="reference")
+            actual = kernel.activation_bwd_both(*arguments, seed=seed, config=config)
+            for a, e in zip(actual, expected, strict=True):
+                assert_same_bits(a, e)
 
 
 def test_rows_longer_than_a_tile(kernel_device, assert_equals_reference):

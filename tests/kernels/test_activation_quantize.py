@@ -26,6 +26,7 @@ from octomoe import (
     Activation,
     Format,
     activation_quantize,
+    activation_quantize_both,
 )
 from octomoe.tune.configs import TileConfig
 
@@ -68,6 +69,14 @@ FORMATS = (
     Format.parse("fp8[2,3,5]"),
 )
 EACH_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+# One kernel, and two passes.
+PAIRS = (
+    (FP8_GROUP128, FP8_COLUMN128),
+    (MXFP8, Format.parse("mxfp8[1,32,1]")),
+    (FP8_ROW, FP8_COLUMN128),
+    (FP8_TENSOR, MXFP8_2D.derive(element=E4M3_240)),
+)
+EACH_PAIR = pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p[0].name} and {p[1].name}")
 EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 RELU2_GATED = Activation.parse("relu2")
 
@@ -180,6 +189,53 @@ def test_any_tile_gives_the_same_bits(config, kernel_device, assert_same_bits):
         expected = activation_quantize(h_SN, RELU2, format, backend="reference")
         actual = kernel.activation_quantize(h_SN, RELU2, format, layout=COMPACT, config=config)
         assert_same_bits(actual, expected)
+
+
+@EACH_FORMAT
+@EACH_CASE
+def test_random_bits_are_the_reference_s(case, format, kernel_device, assert_equals_reference):
+    h_SN = make_inputs(case, RELU2_GATED, kernel_device)
+    assert_equals_reference(activation_quantize, h_SN, RELU2_GATED, format, seed=11)
+
+
+@EACH_FORMAT
+def test_random_bits_under_given_scales(format, kernel_device, assert_equals_reference):
+    h_SN = make_inputs(CASES["divides nothing"], RELU2_GATED, kernel_device)
+    scale = activation_quantize(h_SN, RELU2_GATED, format, backend="reference").scale.flatten()[:1]
+    h_SN[3, 5], h_SN[30, 100] = torch.nan, torch.inf
+    options = {"scale": scale, "seed": 12, "layout": INTERLEAVED}
+    assert_equals_reference(activation_quantize, h_SN, RELU2_GATED, format, **options)
+
+
+@EACH_PAIR
+@EACH_CASE
+def test_both_equal_the_reference(case, pair, kernel_device, assert_equals_reference):
+    h_SN = make_inputs(case, RELU2_GATED, kernel_device)
+    for options in ({"row_layout": GEMM_READY}, {"column_layout": INTERLEAVED, "seed": 13}):
+        assert_equals_reference(activation_quantize_both, h_SN, RELU2_GATED, *pair, **options)
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("name", EXACT)
+def test_both_of_what_is_no_number(name, pair, kernel_device, assert_equals_reference):
+    activation = Activation.parse(name)
+    h_SN = make_inputs(CASES["divides nothing"], activation, kernel_device)
+    h_SN[3, 5], h_SN[4, 5], h_SN[17, -3], h_SN[18, -3] = torch.nan, torch.inf, -torch.inf, 1e30
+    assert_equals_reference(activation_quantize_both, h_SN, activation, *pair)
+
+
+@pytest.mark.parametrize("config", [TileConfig(128, 128, 8), TileConfig(32, 256, 8)])
+def test_any_tile_gives_the_same_bits_of_both(config, kernel_device, assert_same_bits):
+    from octomoe.kernels import activation_quantize as kernel
+
+    h_SN = make_inputs((140, 200), RELU2, kernel_device)
+    seed = torch.tensor(14, device=kernel_device)
+    for pair in PAIRS:
+        arguments = (h_SN, RELU2, *pair)
+        expected = activation_quantize_both(*arguments, seed=seed, backend="reference")
+        actual = kernel.activation_quantize_both(*arguments, seed=seed, config=config)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
 
 
 def test_rows_longer_than_a_tile(kernel_device, assert_equals_reference):

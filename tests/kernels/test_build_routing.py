@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from octomoe.core.device import Target
 from octomoe.kernels.build_routing import build_routing
 from octomoe.reference.build_routing import build_routing as reference
 from octomoe.tune.configs import RoutingConfig
@@ -22,6 +23,7 @@ CASES = {
     "one block exactly": (32, 8, 2, "any"),
     "several blocks": (67, 40, 3, "any"),
     "many experts": (61, 1000, 3, "any"),
+    "many choices": (140, 40, 5, "dropped"),
 }
 # Small enough that the cases above need several blocks of them; 40 experts need two rounds of bins.
 CONFIGS = {
@@ -29,6 +31,8 @@ CONFIGS = {
     "one launch": RoutingConfig(32, 32, is_single=True, sample=64, num_warps=1),
     "three launches": RoutingConfig(32, 32, sum_blocks=2, sum_experts=4, num_warps=1),
     "rounds": RoutingConfig(32, 32, rounds=2, sum_blocks=2, sum_experts=16, num_warps=1),
+    # A block is placed in two steps, of which the second is not full.
+    "many rounds": RoutingConfig(32, 32, rounds=20, sum_blocks=2, sum_experts=16, num_warps=1),
 }
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -112,3 +116,18 @@ def test_counts_take_no_more_memory_than_the_routing_itself(num_choices, num_exp
         # As `slot_of_choice` and `choice_of_slot` together.
         assert (num_blocks - 1) * (num_experts - 1) <= 2 * num_choices
         assert num_blocks <= 1024
+
+
+def test_only_recent_nvidia_launches_ahead():
+    sizes = 2**20, 256, 2**20
+    assert not routing_config(*sizes).is_chained
+    assert not routing_config(*sizes, Target("NVIDIA A100", arch=80)).is_chained
+    assert routing_config(*sizes, Target("NVIDIA H200", arch=90)).is_chained
+    assert not routing_config(*sizes, Target("gfx942", is_hip=True)).is_chained
+
+
+@pytest.mark.parametrize("num_choices", [8, 2**20])
+def test_a_program_has_no_more_threads_than_choices(num_choices):
+    for target, lanes in ((Target("NVIDIA H200", arch=90), 32), (Target("gfx", is_hip=True), 64)):
+        config = routing_config(num_choices, 256, num_choices, target)
+        assert config.num_warps * lanes <= config.choices

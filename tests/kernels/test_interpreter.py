@@ -36,3 +36,30 @@ def test_the_interpreter_still_needs_this(dtype, value, monkeypatch, interpreter
     monkeypatch.setattr("triton.runtime.interpreter._convert_float", interpreter_cast)
     x = torch.tensor([value])
     assert cast(x, dtype).float() != x.to(dtype).float()
+
+
+@triton.jit
+def _dot_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    offset = row * SIZE + column
+    tl.store(c_ptr + offset, tl.dot(tl.load(a_ptr + offset), tl.load(b_ptr + offset)))
+
+
+def product(a, b):
+    c = torch.empty(a.shape)
+    _dot_kernel[(1,)](a, b, c, SIZE=a.shape[0])
+    return c
+
+
+@pytest.mark.parametrize("dtype", [*NEEDS, torch.float16, torch.float32], ids=str)
+def test_multiplies_as_torch_does(dtype):
+    a, b = torch.randn(2, 16, 16).to(dtype)
+    torch.testing.assert_close(product(a, b), a.float() @ b.float())
+
+
+def test_the_interpreter_still_needs_its_products_corrected(monkeypatch, interpreter_dot):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", interpreter_dot)
+    one = torch.eye(16, dtype=torch.bfloat16)
+    assert not torch.equal(product(one, one), torch.eye(16))

@@ -19,6 +19,9 @@ TARGETS = ("cuda:90", "hip:gfx942", "hip:gfx950")
 # (case, target): why it cannot be compiled, in the words of the compiler's message.
 REFUSED: dict[tuple[str, str], str] = {}
 
+# Kernels beside those that multiply.
+ADDS_UP = ("_finish_kernel", "_combine_kernel", "_quantize_tile_kernel")
+
 EACH_CASE = pytest.mark.parametrize("case", CASES)
 
 
@@ -70,3 +73,12 @@ def test_products_are_rounded_before_they_are_added(case, compiled):
     # The interpreter never fuses, so it cannot notice.
     for record in compiled[case, "cuda:90"]:
         assert record["instructions"]["FFMA"] == 0, record
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].tensor_core])
+def test_multiplies_on_tensor_cores(case, compiled):
+    kernels = [r for r in compiled[case, "cuda:90"] if r["kernel"] not in ADDS_UP]
+    assert kernels
+    for record in kernels:
+        assert record["instructions"][CASES[case].tensor_core] > 0, record
+        assert record["instructions"]["LDGSTS"] > 0, record

@@ -20,6 +20,8 @@ from octomoe import (
     permute,
     quantize,
 )
+from octomoe.core.routing import routing_of_slots, slots_of_mask
+from octomoe.kernels import permute as kernel
 from octomoe.tune.configs import PermuteConfig
 
 # tokens, experts, choices, pattern of the ids
@@ -45,6 +47,8 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.uint8,
     torch.int64,
+    torch.complex64,
+    torch.complex128,
 )
 
 
@@ -75,6 +79,25 @@ def test_moves_every_dtype(dtype, width, kernel_device, draw_ids, assert_equals_
     case = ROUTINGS["empty experts"]
     x_TD, routing = make_inputs(case, kernel_device, draw_ids, width, dtype=dtype)
     assert_equals_reference(permute, x_TD, routing)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_numbers_of_any_view(dtype, kernel_device, draw_ids, assert_equals_reference):
+    case = ROUTINGS["divides nothing"]
+    x_TD, routing = make_inputs(case, kernel_device, draw_ids, dtype=dtype)
+    for view in (x_TD.conj(), x_TD.conj().imag, x_TD.T.contiguous().T, x_TD[:, ::2]):
+        assert_equals_reference(permute, view, routing)
+
+
+@pytest.mark.parametrize("num_experts", [17, 40])
+def test_masks(num_experts, kernel_device, assert_equals_reference):
+    mask_TE = torch.rand(19, num_experts, device=kernel_device) < 0.2
+    mask_TE[3], mask_TE[4] = False, True
+    x_TD = torch.randn(19, 300).to(kernel_device)
+    for num_slots in (5, int(mask_TE.sum()) + 3):
+        routing = routing_of_slots(slots_of_mask(mask_TE), num_slots)
+        assert_equals_reference(permute, x_TD, routing)
+        assert_equals_reference(permute, quantize(x_TD, MXFP8), routing, layout=GEMM_READY)
 
 
 @pytest.mark.parametrize("align", [1, 4, 16])
@@ -119,13 +142,13 @@ def test_an_input_is_read_through_its_strides(
 
 
 @pytest.mark.parametrize("layout", ScaleLayout)
-@pytest.mark.parametrize("config", [PermuteConfig(128, 4, 2, 1), PermuteConfig(1024, 128, 8, 8)])
+@pytest.mark.parametrize(
+    "config", [PermuteConfig(128, 4, 2, 1), PermuteConfig(1024, 128, 8, 8, True)], ids=str
+)
 @EACH_SCALE
 def test_any_config_gives_the_same_bits(
     format, config, layout, kernel_device, draw_ids, assert_same_bits
 ):
-    from octomoe.kernels import permute as kernel
-
     case = ROUTINGS["all to one"]
     q, routing = make_quantized(case, format, layout, kernel_device, draw_ids)
     expected = permute(q, routing, backend="reference")

@@ -6,6 +6,8 @@ import torch
 from octomoe import (
     COMPACT,
     E4M3_240,
+    E4M3FN,
+    E5M2,
     FP8_BLOCK128,
     FP8_COLUMN128,
     FP8_EXPERT,
@@ -122,11 +124,63 @@ def test_magnitudes_at_the_ends_of_float32(kernel_device, assert_equals_referenc
         assert_equals_reference(quantize, -x, format)
 
 
-@pytest.mark.parametrize("config", [TileConfig(128, 128), TileConfig(32, 512, 8)])
-def test_any_tile_gives_the_same_bits(config, kernel_device, assert_same_bits):
+@EACH_FORMAT
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_random_bits_are_the_reference_s(shape, format, kernel_device, assert_equals_reference):
+    assert_equals_reference(quantize, make_inputs(shape, kernel_device), format, seed=-(2**40) - 7)
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("layout", [GEMM_READY, INTERLEAVED])
+def test_random_bits_in_any_layout(layout, format, kernel_device, assert_equals_reference):
+    x = make_inputs((3, 130, 67), kernel_device)
+    assert_equals_reference(quantize, x, format, layout=layout, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_random_bits_of_every_float_dtype(dtype, kernel_device, assert_equals_reference):
+    x = make_inputs((300, 9), kernel_device, dtype)
+    for format in FORMATS:
+        assert_equals_reference(quantize, x, format, seed=2)
+        assert_equals_reference(quantize, x.T, format, seed=2)
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("element", ["e4m3fn", "e4m3_240"])
+def test_random_bits_of_what_is_no_number(element, format, kernel_device, assert_equals_reference):
+    if element == "e4m3_240":
+        format = format.derive(element=E4M3_240)
+    x = make_inputs((2, 130, 67), kernel_device)
+    x[0, 3, 5], x[1, 2, 1], x[1, 129, 66] = -torch.nan, torch.inf, torch.nan
+    assert_equals_reference(quantize, x, format, seed=3)
+    for value in (1e-6, 3.0):
+        amax = torch.full((1,), value, device=kernel_device)
+        assert_equals_reference(quantize, x, format, amax=amax, seed=3)
+
+
+def test_random_bits_of_all_magnitudes(kernel_device, assert_equals_reference):
+    x = torch.randint(0, 0x7F800000, (64, 256), dtype=torch.int32).view(torch.float32)
+    x = torch.where(torch.rand(x.shape) < 0.5, x, -x).to(kernel_device)
+    for element in (E4M3FN, E5M2, E4M3_240):
+        for scale in (1.0, 2.0**-100, 2.0**120):
+            format = FP8_TENSOR.derive(element=element)
+            given = torch.full((1, 1), scale, device=kernel_device)
+            assert_equals_reference(quantize, x, format, scale=given, seed=4)
+        assert_equals_reference(quantize, x, MXFP8.derive(element=element), seed=4)
+        assert_equals_reference(quantize, x, FP8_GROUP128.derive(element=element), seed=4)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(
+    "config", [TileConfig(128, 128), TileConfig(32, 512, 8), TileConfig(256, 2), TileConfig(128, 4)]
+)
+def test_any_tile_gives_the_same_bits(config, seed, kernel_device, assert_same_bits):
     from octomoe.kernels import quantize as kernel
 
-    x = make_inputs((200, 700), kernel_device)
-    for format in (FP8_GROUP128, MXFP8, MXFP8_2D, FP8_TENSOR, FP8_ROW):
-        expected = quantize(x, format, backend="reference")
-        assert_same_bits(kernel.quantize(x, format, layout=COMPACT, config=config), expected)
+    num_columns = 700 if config.columns > 4 else 9
+    x = make_inputs((200, num_columns), kernel_device)
+    seed = None if seed is None else torch.tensor(seed, device=kernel_device)
+    for format in (FP8_GROUP128, FP8_COLUMN128, MXFP8, MXFP8_2D, FP8_TENSOR, FP8_ROW):
+        expected = quantize(x, format, seed=seed, backend="reference")
+        actual = kernel.quantize(x, format, layout=COMPACT, seed=seed, config=config)
+        assert_same_bits(actual, expected)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from octomoe import build_routing, unpermute
+from octomoe.core.routing import routing_of_slots, slots_of_mask
+from octomoe.kernels import unpermute as kernel
 from octomoe.tune.configs import PermuteConfig
 
 # tokens, experts, choices, pattern of the ids
@@ -78,6 +80,18 @@ def test_special_rows(dtype, value, kernel_device, draw_ids, assert_same_bits):
         )
 
 
+@pytest.mark.parametrize("num_experts", [17, 40])
+def test_masks(num_experts, kernel_device, assert_equals_reference):
+    mask_TE = torch.rand(19, num_experts, device=kernel_device) < 0.2
+    mask_TE[3], mask_TE[4] = False, True
+    weights_TE = torch.rand(mask_TE.shape, device=kernel_device).masked_fill(~mask_TE, torch.nan)
+    for num_slots in (5, int(mask_TE.sum()) + 3):
+        routing = routing_of_slots(slots_of_mask(mask_TE), num_slots)
+        y_SD = torch.randn(num_slots, 300).to(kernel_device, torch.bfloat16)
+        for weights in (weights_TE, None):
+            assert_equals_reference(unpermute, y_SD, routing, weights)
+
+
 def test_inputs_are_read_through_their_strides(kernel_device, draw_ids, assert_equals_reference):
     y_SD, routing, weights_TA = make_inputs(ROUTINGS["eight choices"], kernel_device, draw_ids)
     spread = y_SD.new_empty(2 * y_SD.shape[0], 3 * y_SD.shape[1])[::2, ::3].copy_(y_SD)
@@ -86,10 +100,11 @@ def test_inputs_are_read_through_their_strides(kernel_device, draw_ids, assert_e
             assert_equals_reference(unpermute, y, routing, weights)
 
 
-@pytest.mark.parametrize("config", [PermuteConfig(32, num_warps=1), PermuteConfig(1024)])
-def test_any_config_gives_the_same_bits(config, kernel_device, draw_ids, assert_same_bits):
-    from octomoe.kernels import unpermute as kernel
+CONFIGS = [PermuteConfig(32, num_warps=1), PermuteConfig(1024), PermuteConfig(64, is_sparse=True)]
 
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_any_config_gives_the_same_bits(config, kernel_device, draw_ids, assert_same_bits):
     y_SD, routing, weights_TA = make_inputs(ROUTINGS["eight choices"], kernel_device, draw_ids)
     for weights in (weights_TA, None):
         expected = unpermute(y_SD, routing, weights, backend="reference")

@@ -11,6 +11,7 @@ from octomoe import (
     GELU,
     GELU_TANH,
     GEMM_READY,
+    INTERLEAVED,
     MXFP8,
     RELU2,
     SILU,
@@ -19,6 +20,7 @@ from octomoe import (
     QTensor,
     ScaleLayout,
     activation_bwd,
+    activation_bwd_both,
     quantize,
 )
 from octomoe.reference import activate
@@ -116,6 +118,26 @@ def test_a_format_quantises_whole_rows(format, layout, device, assert_same_bits)
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("format", [FP8_TENSOR, FP8_ROW, FP8_GROUP128, FP8_BLOCK128, MXFP8])
+def test_a_seed_rounds_as_in_quantize(format, device, assert_same_bits):
+    dy_SF, h_SN = make_inputs(CASES["divides nothing"], SILU, device, seed=5)
+    expected = quantize(activation_bwd(dy_SF, h_SN, SILU), format, seed=1)
+    assert_same_bits(activation_bwd(dy_SF, h_SN, SILU, format=format, seed=1), expected)
+
+
+@pytest.mark.parametrize("seed", [None, 2])
+@pytest.mark.parametrize("pair", [(FP8_GROUP128, MXFP8), (MXFP8, FP8_BLOCK128)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_both_are_activation_bwd_twice(case, pair, seed, device, assert_same_bits):
+    dy_SF, h_SN = make_inputs(case, SILU, device, seed=6)
+    layouts = (GEMM_READY, INTERLEAVED)
+    options = {"row_layout": layouts[0], "column_layout": layouts[1], "seed": seed}
+    both = activation_bwd_both(dy_SF, h_SN, SILU, *pair, **options)
+    for format, layout, q in zip(pair, layouts, both, strict=True):
+        options = {"format": format, "layout": layout, "seed": seed}
+        assert_same_bits(q, activation_bwd(dy_SF, h_SN, SILU, **options))
+
+
 def test_strides_of_the_inputs_do_not_matter(device, assert_same_bits):
     dy_SF, h_SN = make_inputs(CASES["divides nothing"], SILU, device, seed=4)
     expected_SN = activation_bwd(dy_SF, h_SN, SILU)
@@ -187,6 +209,38 @@ REFUSALS = {
         ValueError,
         "out_dtype is torch.bfloat16, but needs None with a format: mxfp8 says what is stored",
         lambda: OP(DY_SF, H_SN, SILU, format=MXFP8, out_dtype=torch.bfloat16),
+    ),
+    "seed of no format": (
+        ValueError,
+        "activation_bwd: seed is given, but needs a format, to which it rounds",
+        lambda: OP(DY_SF, H_SN, SILU, seed=1),
+    ),
+    "seed": (
+        TypeError,
+        "activation_bwd: seed is a str, but needs an int",
+        lambda: OP(DY_SF, H_SN, SILU, format=MXFP8, seed="1"),
+    ),
+    "both, rows": (
+        ValueError,
+        r"activation_bwd_both: h has shape \(3, 256\), but needs \(4, 256\)",
+        lambda: activation_bwd_both(DY_SF, H_SN[:3], SILU, FP8_ROW, MXFP8),
+    ),
+    "both, activation's name": (
+        TypeError,
+        "activation_bwd_both: activation is a str, but needs an Activation",
+        lambda: activation_bwd_both(DY_SF, H_SN, "silu", FP8_ROW, MXFP8),
+    ),
+    "both, format's name": (
+        TypeError,
+        "row_format is a str.*Format.parse..mxfp8",
+        lambda: activation_bwd_both(DY_SF, H_SN, SILU, "mxfp8", MXFP8),
+    ),
+    "both, seed": (
+        ValueError,
+        "activation_bwd_both: seed is on meta, but needs the other tensors' device cpu",
+        lambda: activation_bwd_both(
+            DY_SF, H_SN, SILU, FP8_ROW, MXFP8, seed=torch.tensor(1, device="meta")
+        ),
     ),
     "layout of no format": (
         ValueError,

@@ -13,6 +13,8 @@ from octomoe import (
     FP8_TENSOR,
     GELU,
     GELU_TANH,
+    GEMM_READY,
+    INTERLEAVED,
     MXFP8,
     RELU2,
     SILU,
@@ -20,8 +22,10 @@ from octomoe import (
     Activation,
     ScaleLayout,
     activation_quantize,
+    activation_quantize_both,
     quantize,
 )
+from octomoe.reference import activate
 
 # rows, width after the gate
 CASES = {
@@ -137,6 +141,25 @@ def test_two_runs_are_identical(device, assert_same_bits):
     assert_same_bits(activation_quantize(h_SN, SILU, MXFP8), q)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_a_seed_rounds_as_in_quantize(format, device, assert_same_bits):
+    h_SN = make_inputs(CASES["divides nothing"], SILU, device, seed=8)
+    q = activation_quantize(h_SN, SILU, format, seed=1)
+    assert_same_bits(q, quantize(activate(h_SN, SILU), format, seed=1))
+
+
+@pytest.mark.parametrize("seed", [None, 2])
+@pytest.mark.parametrize("pair", [(FP8_GROUP128, MXFP8), (MXFP8, FP8_BLOCK128)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_both_are_activation_quantize_twice(case, pair, seed, device, assert_same_bits):
+    h_SN = make_inputs(case, SILU, device, seed=9)
+    layouts = (GEMM_READY, INTERLEAVED)
+    options = {"row_layout": layouts[0], "column_layout": layouts[1], "seed": seed}
+    both = activation_quantize_both(h_SN, SILU, *pair, **options)
+    for format, layout, q in zip(pair, layouts, both, strict=True):
+        assert_same_bits(q, activation_quantize(h_SN, SILU, format, layout=layout, seed=seed))
+
+
 H_SN = torch.ones(4, 256)
 OP = activation_quantize
 REFUSALS = {
@@ -189,6 +212,31 @@ REFUSALS = {
         TypeError,
         "scale has dtype torch.float32, but needs torch.float8_e8m0fnu",
         lambda: OP(H_SN, SILU, MXFP8, scale=torch.ones(4, 4)),
+    ),
+    "seed": (
+        TypeError,
+        "activation_quantize: seed has dtype torch.float32, but needs torch.int64",
+        lambda: OP(H_SN, SILU, FP8_ROW, seed=torch.ones(1)),
+    ),
+    "both, dtype": (
+        TypeError,
+        "activation_quantize_both: h has dtype torch.int32, but needs float32",
+        lambda: activation_quantize_both(H_SN.int(), SILU, FP8_ROW, MXFP8),
+    ),
+    "both, odd under a gate": (
+        ValueError,
+        r"activation_quantize_both: h has shape \(4, 255\), but needs an even number of columns",
+        lambda: activation_quantize_both(H_SN[:, :255], SILU, FP8_ROW, MXFP8),
+    ),
+    "both, format's name": (
+        TypeError,
+        "column_format is a str.*Format.parse..mxfp8",
+        lambda: activation_quantize_both(H_SN, SILU, FP8_ROW, "mxfp8"),
+    ),
+    "both, seed": (
+        ValueError,
+        r"activation_quantize_both: seed has shape \(2,\), but needs one element",
+        lambda: activation_quantize_both(H_SN, SILU, FP8_ROW, MXFP8, seed=torch.tensor([1, 2])),
     ),
     "scale device": (
         ValueError,

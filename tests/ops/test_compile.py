@@ -18,6 +18,7 @@ from octomoe import (
     COMPACT,
     FP8_BLOCK128,
     FP8_CHANNEL,
+    FP8_COLUMN128,
     FP8_GROUP128,
     FP8_ROW,
     FP8_TENSOR,
@@ -25,15 +26,21 @@ from octomoe import (
     GEMM_READY,
     INTERLEAVED,
     MXFP8,
+    RELU2,
+    SILU,
     ExpertWeights,
     QTensor,
+    activation_bwd,
+    activation_bwd_both,
     activation_quantize,
+    activation_quantize_both,
     build_routing,
     dequantize,
     fused_moe,
     grouped_gemm,
     permute,
     quantize,
+    quantize_both,
     quantize_experts,
     unpermute,
 )
@@ -139,6 +146,25 @@ def test_strided_hidden_states_compile(device, draw_ids, assert_same_bits):
     assert_same_bits(compiled(column_major_TD), layer(column_major_TD))
 
 
+def test_a_seed_changes_without_compiling_anew(device, draw_ids, assert_same_bits):
+    x_TD, *_ = make_inputs(None, device, 5, draw_ids)
+
+    def gradients(x_TD, seed):
+        q = quantize(2 * x_TD, MXFP8, seed=seed)
+        both = quantize_both(2 * x_TD, FP8_GROUP128, FP8_COLUMN128, seed=seed + 1)
+        h = activation_quantize_both(x_TD, SILU, MXFP8, FP8_ROW, seed=seed)
+        dh = activation_bwd_both(x_TD[:, :80], x_TD, SILU, MXFP8, FP8_ROW, seed=seed)
+        return q, *both, *h, *dh, activation_bwd(x_TD, x_TD, RELU2, format=MXFP8, seed=seed)
+
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        seed = torch.tensor(i, device=device)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            actual = compiled(x_TD, seed)
+        for a, e in zip(actual, gradients(x_TD, seed), strict=True):
+            assert_same_bits(a, e)
+
+
 def samples():
     """True arguments of every registered op: (op, name of the sample) -> arguments."""
     x_TD, ids_TA, weights_TA = torch.randn(9, 96), torch.randint(-1, 4, (9, 2)), torch.rand(9, 2)
@@ -161,6 +187,8 @@ def samples():
     mx_w = (*take_apart(mx.w13), *take_apart(mx.w2))
     biases, no_biases = (torch.randn(4, 128), torch.randn(4, 96), one, one), (None,) * 4
     routed = ("silu", weights_TA, ids_TA)
+    seed, layouts = torch.tensor([1]), (GEMM_READY, INTERLEAVED)
+    both = ("fp8_group128", "fp8_column128")
     return {
         "quantize": {
             "rows": (x_TD, "fp8_row", COMPACT, None, None, "auto"),
@@ -169,6 +197,13 @@ def samples():
             "given scale": (x_TD, "fp8_tensor", COMPACT, None, one, "auto"),
             "zero tokens": (none_TD, "mxfp8", INTERLEAVED, None, None, "auto"),
             "strided": (strided_TD, "mxfp8", GEMM_READY, None, None, "auto"),
+            "seed": (x_TD, "fp8_column128", GEMM_READY, None, None, "auto", seed),
+        },
+        "quantize_both": {
+            "rows": (x_TD, "fp8_group128", "fp8_column128", *layouts, None, "auto"),
+            "experts": (w_ENK, "mxfp8", "mxfp8[1,32,1]", *layouts, seed, "auto"),
+            "zero tokens": (none_TD, "fp8_row", "fp8_tensor", *layouts, None, "auto"),
+            "strided": (strided_TD, "mxfp8", "mxfp8_2d", *layouts, None, "auto"),
         },
         "dequantize": {
             "rows": (*take_apart(x), torch.bfloat16, "auto"),
@@ -224,12 +259,24 @@ def samples():
             "rows": (x_TD, "silu", "mxfp8", GEMM_READY, None, "auto"),
             "ungated": (x_TD, "relu2:ungated", "fp8_tensor", COMPACT, one.view(1, 1), "auto"),
             "zero tokens": (none_TD, "gelu", "fp8_row", COMPACT, None, "auto"),
+            "seed": (x_TD, "silu", "mxfp8", COMPACT, None, "auto", seed),
+        },
+        "activation_quantize_both": {
+            "rows": (x_TD, "silu", "mxfp8", "mxfp8[1,32,1]", *layouts, None, "auto"),
+            "seed": (x_TD, "gelu", "fp8_group128", "fp8_column128", *layouts, seed, "auto"),
+            "zero tokens": (none_TD, "relu2", "fp8_row", "mxfp8", *layouts, None, "auto"),
         },
         "activation_bwd": {
             "plain": (half_TD, x_TD, "silu", "", COMPACT, torch.bfloat16, "auto"),
             "rows": (half_TD, x_TD, "gelu", "mxfp8", GEMM_READY, float32, "auto"),
             "ungated": (x_TD, strided_TD, "relu2:ungated", "", COMPACT, float32, "auto"),
             "zero tokens": (none_TD, none_TD, "gelu:ungated", "fp8_row", COMPACT, float32, "auto"),
+            "seed": (half_TD, x_TD, "gelu", "mxfp8", COMPACT, float32, "auto", seed),
+        },
+        "activation_bwd_both": {
+            "rows": (half_TD, x_TD, "silu", "mxfp8", "mxfp8[1,32,1]", *layouts, None, "auto"),
+            "seed": (x_TD, strided_TD, "relu2:ungated", "mxfp8", "fp8_row", *layouts, seed, "auto"),
+            "zero tokens": (none_TD, none_TD, "silu:ungated", *both, *layouts, None, "auto"),
         },
         "fused_moe": {
             "plain": (x_TD, *f32_w, *no_biases, *routed, "", 1.0, False, None, "auto"),

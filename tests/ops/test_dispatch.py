@@ -12,6 +12,7 @@ from octomoe import (
     SILU,
     ExpertWeights,
     Target,
+    activation_bwd,
     activation_quantize,
     build_routing,
     dequantize,
@@ -19,11 +20,13 @@ from octomoe import (
     grouped_gemm,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
+    moe_align_block_size,
     permute,
     quantize,
     quantize_experts,
     requantize,
     unpermute,
+    unpermute_bwd,
 )
 from octomoe.ops import dispatch
 
@@ -40,11 +43,18 @@ CASES = {
     "requantize": lambda backend: requantize(quantize(X_TD, MXFP8), FP8_ROW, backend=backend),
     "build_routing": lambda backend: build_routing(IDS_TA, 2, backend=backend).choice_of_slot_S,
     "permute": lambda backend: permute(X_TD, ROUTING, backend=backend),
+    "moe_align_block_size": lambda backend: (
+        moe_align_block_size(IDS_TA, 16, 2, backend=backend).sorted_token_ids
+    ),
     "unpermute": lambda backend: unpermute(X_TD, ROUTING, backend=backend),
+    "unpermute_bwd": lambda backend: unpermute_bwd(
+        X_TD, X_TD, ROUTING, ROUTER_WEIGHTS_TA, backend=backend
+    )[0],
     "grouped_gemm": lambda backend: grouped_gemm(X_TD, W_ENK, ROUTING, backend=backend),
     "grouped_gemm_dgrad": lambda backend: grouped_gemm_dgrad(X_TD, W_ENK, ROUTING, backend=backend),
     "grouped_gemm_wgrad": lambda backend: grouped_gemm_wgrad(X_TD, X_TD, ROUTING, backend=backend),
     "activation_quantize": lambda backend: activation_quantize(X_TD, SILU, MXFP8, backend=backend),
+    "activation_bwd": lambda backend: activation_bwd(X_TD[:, :16], X_TD, SILU, backend=backend),
     "fused_moe": lambda backend: fused_moe(
         X_TD, EXPERTS, ROUTER_WEIGHTS_TA, IDS_TA, backend=backend
     ),

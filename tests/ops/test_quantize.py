@@ -134,6 +134,34 @@ def test_two_runs_are_identical(device, assert_same_bits):
         assert_same_bits(quantize(x_ENK, format), quantize(x_ENK, format))
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_a_seed_is_a_number_or_a_tensor(format, device, assert_same_bits):
+    x_ENK = make_inputs((3, 130, 67), device, seed=10)
+    q = quantize(x_ENK, format, seed=-5)
+    for seed in (torch.tensor(-5, device=device), torch.full((1, 1), -5, device=device)):
+        assert_same_bits(quantize(x_ENK, format, seed=seed), q)
+    nearest, other = quantize(x_ENK, format), quantize(x_ENK, format, seed=2**63 - 1)
+    assert_same_bits(q.scale, nearest.scale)
+    for changed in (nearest, other):
+        assert (q.data.float() != changed.data.float()).float().mean() > 0.05
+
+
+def test_a_seed_goes_with_every_option(device, assert_same_bits):
+    x_TD = make_inputs((37, 131), device, seed=11)
+    q = quantize(x_TD, FP8_GROUP128, seed=6)
+    assert_same_bits(quantize(x_TD, FP8_GROUP128, scale=q.scale, seed=6), q)
+    gemm_ready = quantize(x_TD, FP8_GROUP128, layout=GEMM_READY, seed=6)
+    assert_same_bits(gemm_ready, q.relayout(GEMM_READY))
+    out = QTensor(torch.empty_like(q.data), torch.empty_like(q.scale), FP8_GROUP128)
+    assert_same_bits(quantize(x_TD, FP8_GROUP128, out=out, seed=6), q)
+
+
+def test_zeros_and_empty_tensors_need_no_random_bits(device, assert_same_bits):
+    for shape in ((0, 256), (3, 0, 64), (5, 40)):
+        zeros = torch.zeros(shape, device=device)
+        assert_same_bits(quantize(zeros, MXFP8, seed=7), quantize(zeros, MXFP8))
+
+
 X_TD, ONE = torch.ones(4, 8), torch.ones(1)
 OUT = QTensor(torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(4, 1), FP8_ROW)
 REFUSALS = {
@@ -203,6 +231,31 @@ REFUSALS = {
         ValueError,
         "scale is on meta",
         lambda: quantize(X_TD, FP8_ROW, scale=ONE.to("meta")),
+    ),
+    "seed's type": (
+        TypeError,
+        "quantize: seed is a float, but needs an int, or an int64 tensor of one element",
+        lambda: quantize(X_TD, FP8_ROW, seed=1.0),
+    ),
+    "seed's dtype": (
+        TypeError,
+        "seed has dtype torch.int32, but needs torch.int64",
+        lambda: quantize(X_TD, FP8_ROW, seed=torch.tensor(1, dtype=torch.int32)),
+    ),
+    "seed's shape": (
+        ValueError,
+        r"seed has shape \(2,\), but needs one element",
+        lambda: quantize(X_TD, FP8_ROW, seed=torch.tensor([1, 2])),
+    ),
+    "seed's device": (
+        ValueError,
+        "seed is on meta, but needs the other tensors' device cpu",
+        lambda: quantize(X_TD, FP8_ROW, seed=torch.tensor(1, device="meta")),
+    ),
+    "seed's size": (
+        ValueError,
+        "seed is 9223372036854775808, but needs an int of 64 bits, signed",
+        lambda: quantize(X_TD, FP8_ROW, seed=2**63),
     ),
     "out device": (
         ValueError,

@@ -1,0 +1,1 @@
+"""What is measured, and how README's tables are made of it."""

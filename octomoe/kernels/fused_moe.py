@@ -1,0 +1,207 @@
+"""A layer of experts in three launches after quantisation and routing: up, down, combine.
+
+    h[s]   = quantize(act(x[token of s] @ w13[e].T + b13[e]))     fused_up
+    y[s]   = h[s] @ w2[e].T + b2[e]                               fused_down
+    out[t] = factor * sum over a of weight[t, a] * y[slot of (t, a)]
+
+h never exists in more than 8 bits, except where few tokens leave most of a GPU idle (`fused_up`)
+and under scales of whole rows. y is rounded to bf16 if the hidden states are. Sums are in a fixed
+order. What the two halves cannot do goes op by op: scales that change within 128 of the depth,
+operands of different 8-bit types, float32 hidden states, rows weighted before the experts.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from octomoe.core.device import target_of
+from octomoe.core.experts import ExpertWeights, Weight, static_scale
+from octomoe.core.formats import ALL, Format
+from octomoe.core.layouts import ScaleLayout
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.kernels.activation_quantize import activation_quantize
+from octomoe.kernels.build_routing import build_routing
+from octomoe.kernels.expert_tiles import STEP, has_steps
+from octomoe.kernels.fused_down import combine, fused_down
+from octomoe.kernels.fused_up import activate, fused_up
+from octomoe.kernels.grouped_gemm import grouped_gemm
+from octomoe.kernels.permute import permute
+from octomoe.kernels.quantize import quantize
+from octomoe.kernels.unpermute import unpermute
+from octomoe.tune.configs import FusedMoeConfig
+from octomoe.tune.fused_moe import fused_moe_config
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation_format: Format | None = None,
+    routed_scaling_factor: float = 1.0,
+    apply_router_weight_on_input: bool = False,
+    expert_map: Tensor | None = None,
+    config: FusedMoeConfig | None = None,
+) -> Tensor:
+    """``[T, D] -> [T, D]``; see `octomoe.fused_moe`."""
+    if apply_router_weight_on_input or not is_fused(hidden_states, experts, activation_format):
+        routing = build_routing(topk_ids, experts.num_experts, expert_map=expert_map)
+        y_TD = _by_ops(
+            hidden_states,
+            experts,
+            topk_weights,
+            routing,
+            activation_format,
+            apply_router_weight_on_input,
+        )
+        return (y_TD * routed_scaling_factor).to(hidden_states.dtype)
+    config = config or config_of(hidden_states, experts, topk_ids.shape[1], activation_format)
+    routing = build_routing(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
+    x: Tensor | QTensor = hidden_states.contiguous()
+    if activation_format is not None:
+        scale = static_scale(experts.w13_input_scale, activation_format)
+        x = quantize(hidden_states, activation_format, scale=scale)
+    return experts_forward(
+        x,
+        experts,
+        topk_weights,
+        routing,
+        expert_of_block(routing),
+        activation_format=activation_format,
+        out_dtype=hidden_states.dtype,
+        routed_scaling_factor=routed_scaling_factor,
+        config=config,
+    )
+
+
+def is_fused(hidden_states: Tensor, experts: ExpertWeights, format: Format | None) -> bool:
+    """Whether the two halves can do this; else it goes op by op."""
+    weights = (experts.w13, experts.w2)
+    if hidden_states.dtype == torch.float32 or not all(_has_steps_only(w) for w in weights):
+        return False
+    if format is None:
+        return all(isinstance(w, QTensor) or w.dtype == hidden_states.dtype for w in weights)
+    return format.scale_dtype == torch.float32 and all(
+        isinstance(w, QTensor) and w.data.dtype == format.element.dtype for w in weights
+    )
+
+
+def _has_steps_only(w: Weight) -> bool:
+    """Whether the scales of w, if it has any, are constant over each step of the depth."""
+    if not isinstance(w, QTensor):
+        return w.is_contiguous()
+    is_plain = w.layout != ScaleLayout.INTERLEAVED and w.format.scale_dtype == torch.float32
+    return is_plain and w.format.block[2] in (ALL, STEP) and w.data.is_contiguous()
+
+
+def config_of(
+    hidden_states: Tensor, experts: ExpertWeights, num_choices: int, format: Format | None
+) -> FusedMoeConfig:
+    """What a layer runs with if nothing else is asked for."""
+    weights = [w.data if isinstance(w, QTensor) else w for w in (experts.w13, experts.w2)]
+    config = fused_moe_config(
+        hidden_states.shape[0],
+        num_choices,
+        experts.num_experts,
+        experts.w2.shape[2],
+        has_steps=has_steps(format),
+        row_bytes=hidden_states.dtype.itemsize if format is None else 1,
+        weight_bytes=max(w.dtype.itemsize for w in weights),
+        target=target_of(hidden_states.device),
+    )
+    # TMA wants rows and the first of them at multiples of 16 bytes.
+    places = [place for w in weights for place in (w.shape[2] * w.itemsize, w.data_ptr())]
+    is_aligned = all(place % 16 == 0 for place in places)
+    return replace(config, has_descriptors=config.has_descriptors and is_aligned)
+
+
+@triton.jit
+def _expert_of_block_kernel(
+    offsets_ptr, expert_of_block_ptr, num_experts, align, EXPERTS: tl.constexpr
+):
+    """Experts whose slots end before a block begins come before its own."""
+    slot = tl.program_id(0) * align
+    num_before = slot * 0
+    for first in range(0, num_experts, EXPERTS):
+        expert = first + tl.arange(0, EXPERTS)
+        end = tl.load(offsets_ptr + expert + 1, mask=expert < num_experts, other=0x7FFFFFFF)
+        num_before += tl.sum((end <= slot).to(tl.int32), axis=0)
+    expert = tl.where(num_before < num_experts, num_before, -1)
+    tl.store(expert_of_block_ptr + tl.program_id(0), expert)
+
+
+def expert_of_block(routing: Routing) -> Tensor:
+    """``[S / align]`` int32: whose every run of `align` slots is; -1 past the last expert."""
+    num_blocks = routing.num_slots // routing.align
+    out = torch.empty(num_blocks, dtype=torch.int32, device=routing.expert_offsets.device)
+    if num_blocks:
+        _expert_of_block_kernel[(num_blocks,)](
+            routing.expert_offsets, out, routing.num_experts, routing.align, EXPERTS=512
+        )
+    return out
+
+
+def experts_forward(
+    x: Tensor | QTensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    routing: Routing,
+    expert_of_block: Tensor,
+    *,
+    activation_format: Format | None,
+    out_dtype: torch.dtype,
+    routed_scaling_factor: float,
+    config: FusedMoeConfig,
+) -> Tensor:
+    """What follows quantisation and routing: ``x [T, D] -> [T, D]``.
+
+    Slots of an expert start at multiples of ``config.rows``.
+    """
+    h = fused_up(x, experts, routing, expert_of_block, activation_format, config)
+    if activation_format is not None and not isinstance(h, QTensor):
+        scale = static_scale(experts.w2_input_scale, activation_format)
+        h = quantize(h, activation_format, scale=scale)
+    y_dtype = torch.float32 if out_dtype == torch.float16 else out_dtype
+    y = fused_down(h, experts, routing, expert_of_block, y_dtype, config)
+    return combine(y, topk_weights, routing, routed_scaling_factor, out_dtype, config)
+
+
+def _by_ops(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    routing: Routing,
+    format: Format | None,
+    is_weighted_first: bool,
+) -> Tensor:
+    """``[T, D]`` float32, an op at a time; h and y are float32 until they are quantised, summed."""
+    x: Any = hidden_states
+    if is_weighted_first:
+        x = _weighted(permute(x, routing), topk_weights, routing)
+        topk_weights = torch.ones_like(topk_weights)
+    if format is not None:
+        x = quantize(x, format, scale=static_scale(experts.w13_input_scale, format))
+    if not is_weighted_first:
+        x = permute(x, routing)
+    h: Any = grouped_gemm(x, experts.w13, routing, bias=experts.w13_bias, out_dtype=torch.float32)
+    if format is None:
+        h = activate(h, experts.activation, routing, hidden_states.dtype)
+    else:
+        scale = static_scale(experts.w2_input_scale, format)
+        h = activation_quantize(h, experts.activation, format, scale=scale)
+    y = grouped_gemm(h, experts.w2, routing, bias=experts.w2_bias, out_dtype=torch.float32)
+    return unpermute(y, routing, topk_weights)
+
+
+def _weighted(x_SD: Any, weights_TA: Tensor, routing: Routing) -> Any:
+    """Rows times the weights of their choices, rounded to their dtype; zero for no token."""
+    # An element more, which -1 finds.
+    weight_S = pad(weights_TA.float().reshape(-1), (0, 1))[routing.choice_of_slot_S.long()]
+    return (x_SD.float() * weight_S.unsqueeze(1)).to(x_SD.dtype)

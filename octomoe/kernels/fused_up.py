@@ -1,0 +1,475 @@
+"""The first half of a layer of experts: ``h[s] = act(x[token of s] @ w13[e].T + b13[e])``.
+
+One kernel gathers the tokens' rows and multiplies them with gate and up rows of the same columns.
+It then either activates, and quantises if a scale block of the result lies in one tile; or, where
+few tokens leave most of a GPU idle, it does a part of the depth and stores float32 sums, which
+`_finish_kernel` adds up. Bound by the bytes of w13 up to some 64 rows per expert, by tensor cores
+beyond.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octomoe.core.activations import Activation
+from octomoe.core.experts import ExpertWeights
+from octomoe.core.formats import Format
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.kernels.activations import _activate, activation_arguments, width_of
+from octomoe.kernels.encoding import _store_tile, _tile_amax
+from octomoe.kernels.expert_tiles import (
+    STEP,
+    _add_bias,
+    _load_step,
+    _multiply_step,
+    _part_rows,
+    _row_scale,
+    _scaled,
+    _start_dependents,
+    _wait_for_predecessor,
+    chain_arguments,
+    encoding_arguments,
+    has_steps,
+    row_scale,
+    tile_arguments,
+    weight_scale,
+    weight_source,
+)
+from octomoe.tune.configs import FusedMoeConfig
+
+# Columns that a program of `_finish_kernel` has at most.
+_COLUMNS = 256
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_source,
+    w_scale_ptr,
+    bias_ptr,
+    h_ptr,
+    h_scale_ptr,
+    choice_of_slot_ptr,
+    expert_of_block_ptr,
+    num_choices,
+    depth,
+    num_columns,
+    num_slots,
+    x_stride_row,
+    x_scale_stride_row,
+    x_scale_stride_step,
+    w_scale_stride_expert,
+    w_scale_stride_row,
+    w_scale_stride_step,
+    h_scale_stride_row,
+    h_scale_stride_column,
+    BLOCKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    IS_SWAPPED: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+    HAS_DESCRIPTOR: tl.constexpr,
+    IS_DIVISIBLE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_WEIGHT_SCALE: tl.constexpr,
+    HAS_STEP_SCALE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    IS_ONE_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_FINISHED: tl.constexpr,
+    IS_ENCODED: tl.constexpr,
+    GROUP: tl.constexpr,
+    TARGET: tl.constexpr,
+    TARGET_EXPONENT: tl.constexpr,
+    TARGET_MANTISSA: tl.constexpr,
+    IS_POW2: tl.constexpr,
+    IS_E5M2: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    CLAMP: tl.constexpr,
+    IS_OUTPUT_CLAMPED: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
+    _start_dependents(IS_CHAINED)
+    # Locate the tile: columns of one block of slots are neighbours in the grid.
+    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS % num_tiles
+    block = tl.program_id(0) // SPLITS // num_tiles
+    expert = tl.load(expert_of_block_ptr + block // BLOCKS)
+    if expert < 0:
+        return
+    slot = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    choice = tl.load(choice_of_slot_ptr + slot)
+    is_row = choice >= 0
+    if BLOCKS > 1 and tl.max(is_row.to(tl.int32), axis=0) == 0:
+        return
+    token = tl.where(is_row, choice // num_choices, 0).to(tl.int64)
+    x_ptrs = x_ptr + token[:, None] * x_stride_row + tl.arange(0, BLOCK_DEPTH)[None, :]
+    x_scale_ptrs = x_scale_ptr + token * x_scale_stride_row
+    PARTS: tl.constexpr = 2 if IS_GATED else 1
+    # Swapped, gate and up rows are one operand: one wait for the tensor core instead of two.
+    HELD: tl.constexpr = PARTS if IS_SWAPPED else 1
+    first_column = tile * BLOCK_COLUMNS
+    row, has_row = _part_rows(0, first_column, num_columns, HELD, BLOCK_COLUMNS)
+    w_scale_ptr += expert.to(tl.int64) * w_scale_stride_expert
+
+    # Multiply.
+    if IS_SWAPPED:
+        gate = tl.zeros([HELD * BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
+    else:
+        gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    up = gate
+    num_steps = tl.cdiv(depth, BLOCK_DEPTH)
+    first_step, last_step = num_steps * split // SPLITS, num_steps * (split + 1) // SPLITS
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
+        k = step * BLOCK_DEPTH
+        x, x_scale = _load_step(
+            x_ptrs,
+            x_scale_ptrs,
+            k,
+            depth,
+            is_row,
+            x_scale_stride_step,
+            BLOCK_DEPTH,
+            IS_DIVISIBLE,
+            HAS_ROW_SCALE and HAS_STEP_SCALE,
+        )
+        gate += _multiply_step(
+            x,
+            x_scale,
+            w_source,
+            w_scale_ptr,
+            expert * PARTS,
+            first_column,
+            num_columns,
+            k,
+            depth,
+            row,
+            has_row,
+            w_scale_stride_row,
+            w_scale_stride_step,
+            HELD,
+            BLOCK_DEPTH,
+            HAS_DESCRIPTOR,
+            IS_DIVISIBLE,
+            HAS_STEP_SCALE,
+            SCALE_ROWS,
+            IS_ONE_SCALE,
+            IS_SWAPPED,
+        )
+        if HELD < PARTS:
+            up += _multiply_step(
+                x,
+                x_scale,
+                w_source,
+                w_scale_ptr,
+                expert * PARTS + 1,
+                first_column,
+                num_columns,
+                k,
+                depth,
+                row + num_columns,
+                has_row,
+                w_scale_stride_row,
+                w_scale_stride_step,
+                HELD,
+                BLOCK_DEPTH,
+                HAS_DESCRIPTOR,
+                IS_DIVISIBLE,
+                HAS_STEP_SCALE,
+                SCALE_ROWS,
+                IS_ONE_SCALE,
+                IS_SWAPPED,
+            )
+
+    # Scale, where scales do not change by the step, and add biases.
+    if HAS_WEIGHT_SCALE and not HAS_STEP_SCALE:
+        x_scale = _row_scale(x_scale_ptrs, is_row, HAS_ROW_SCALE)
+        gate = _scaled(
+            gate,
+            x_scale,
+            w_scale_ptr,
+            row,
+            has_row,
+            w_scale_stride_row,
+            SCALE_ROWS,
+            IS_ONE_SCALE,
+            IS_SWAPPED,
+        )
+        if HELD < PARTS:
+            up = _scaled(
+                up,
+                x_scale,
+                w_scale_ptr,
+                row + num_columns,
+                has_row,
+                w_scale_stride_row,
+                SCALE_ROWS,
+                IS_ONE_SCALE,
+                IS_SWAPPED,
+            )
+    if HAS_BIAS and split == 0:
+        bias_ptr += expert.to(tl.int64) * (num_columns * PARTS)
+        gate = _add_bias(gate, bias_ptr, row, has_row, IS_SWAPPED)
+        if HELD < PARTS:
+            up = _add_bias(up, bias_ptr, row + num_columns, has_row, IS_SWAPPED)
+
+    # Activate, and store.
+    if IS_SWAPPED:
+        if IS_GATED:
+            both = tl.reshape(gate, [2, BLOCK_COLUMNS, BLOCK_ROWS])
+            gate, up = tl.split(tl.permute(both, (2, 1, 0)))
+        else:
+            gate = tl.trans(gate)
+            up = gate
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    is_inside = is_row[:, None] & (column < num_columns)[None, :]
+    if IS_FINISHED:
+        y = _activate(gate, up, IS_GATED, KIND, ALPHA, CLAMP, IS_OUTPUT_CLAMPED, UP_OFFSET)
+        y = tl.where(is_inside, y, 0.0)
+        if IS_ENCODED:
+            _store_tile(
+                y,
+                _tile_amax(y, 1, GROUP),
+                block,
+                tile,
+                num_slots,
+                num_columns,
+                h_ptr,
+                num_columns,
+                h_scale_ptr,
+                h_scale_stride_row,
+                h_scale_stride_column,
+                0,
+                0,
+                1,
+                GROUP,
+                False,
+                TARGET,
+                TARGET_EXPONENT,
+                TARGET_MANTISSA,
+                IS_POW2,
+                False,
+                IS_E5M2,
+            )
+        else:
+            h_ptrs = h_ptr + slot[:, None] * num_columns + column[None, :]
+            tl.store(h_ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+    else:
+        h_ptr += (split * num_slots + slot)[:, None] * (num_columns * PARTS) + column[None, :]
+        tl.store(h_ptr, gate, mask=is_inside)
+        if IS_GATED:
+            tl.store(h_ptr + num_columns, up, mask=is_inside)
+
+
+@triton.jit
+def _finish_kernel(
+    sums_ptr,
+    h_ptr,
+    h_scale_ptr,
+    slot_of_choice_ptr,
+    num_columns,
+    num_slots,
+    h_scale_stride_row,
+    h_scale_stride_column,
+    BLOCK_COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+    IS_ENCODED: tl.constexpr,
+    GROUP: tl.constexpr,
+    TARGET: tl.constexpr,
+    TARGET_EXPONENT: tl.constexpr,
+    TARGET_MANTISSA: tl.constexpr,
+    IS_POW2: tl.constexpr,
+    IS_E5M2: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    CLAMP: tl.constexpr,
+    IS_OUTPUT_CLAMPED: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
+    """Add up the sums over parts of the depth, in their order, activate, and store one choice."""
+    _start_dependents(IS_CHAINED)
+    slot = tl.load(slot_of_choice_ptr + tl.program_id(0))
+    if slot < 0:
+        return
+    PARTS: tl.constexpr = 2 if IS_GATED else 1
+    tile = tl.program_id(1)
+    column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    is_inside = column < num_columns
+    _wait_for_predecessor(IS_CHAINED)
+    gate = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    up = gate
+    for split in tl.static_range(SPLITS):
+        row = tl.cast(slot, tl.int64) + split * num_slots
+        ptrs = sums_ptr + row * (num_columns * PARTS) + column
+        gate += tl.load(ptrs, mask=is_inside, other=0.0)
+        if IS_GATED:
+            up += tl.load(ptrs + num_columns, mask=is_inside, other=0.0)
+    y = _activate(gate, up, IS_GATED, KIND, ALPHA, CLAMP, IS_OUTPUT_CLAMPED, UP_OFFSET)
+    y = tl.where(is_inside, y, 0.0)
+    if IS_ENCODED:
+        y = tl.reshape(y, [1, BLOCK_COLUMNS])
+        _store_tile(
+            y,
+            _tile_amax(y, 1, GROUP),
+            slot,
+            tile,
+            num_slots,
+            num_columns,
+            h_ptr,
+            num_columns,
+            h_scale_ptr,
+            h_scale_stride_row,
+            h_scale_stride_column,
+            0,
+            0,
+            1,
+            GROUP,
+            False,
+            TARGET,
+            TARGET_EXPONENT,
+            TARGET_MANTISSA,
+            IS_POW2,
+            False,
+            IS_E5M2,
+        )
+    else:
+        h_ptrs = h_ptr + tl.cast(slot, tl.int64) * num_columns + column
+        tl.store(h_ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+
+
+def fused_up(
+    x: Tensor | QTensor,
+    experts: ExpertWeights,
+    routing: Routing,
+    expert_of_block: Tensor,
+    format: Format | None,
+    config: FusedMoeConfig,
+) -> Tensor | QTensor:
+    """``x [T, D] -> h [S, F]``: a QTensor if `format` has a scale per row and 128 columns.
+
+    Without a format h has the dtype of x, under any other one float32: its rows then wait to be
+    quantised, those of no token are zero.
+    """
+    w, tile, num_slots = experts.w13, config.up, routing.num_slots
+    data = x.data if isinstance(x, QTensor) else x
+    width = experts.w2.shape[2]
+    is_finished = tile.splits == 1 and (not has_steps(format) or tile.columns % STEP == 0)
+    h = _empty(num_slots, width, data, format)
+    if num_slots == 0 or width == 0:
+        return h
+    h_data = h.data if isinstance(h, QTensor) else h
+    h_scale, *h_strides = row_scale(h)
+    out = h_data
+    if not is_finished:
+        out = data.new_empty((tile.splits, num_slots, w.shape[1]), dtype=torch.float32)
+    parts = 2 if experts.activation.gated else 1
+    held = parts if config.is_swapped else 1
+    x_scale, *x_strides = row_scale(x)
+    w_scale, *w_strides = weight_scale(w)
+    encoding = {
+        "IS_ENCODED": has_steps(format),
+        **encoding_arguments(format),
+        **activation_arguments(experts.activation),
+    }
+    num_tiles = triton.cdiv(width, tile.columns)
+    _up_kernel[(num_slots // tile.rows * num_tiles * tile.splits,)](
+        data,
+        x_scale,
+        weight_source(w, parts, held, tile, config),
+        w_scale,
+        data if experts.w13_bias is None else experts.w13_bias,
+        out,
+        h_scale,
+        routing.choice_of_slot_S,
+        expert_of_block,
+        routing.num_choices,
+        data.shape[1],
+        width,
+        num_slots,
+        data.stride(0),
+        *x_strides,
+        *w_strides,
+        *h_strides,
+        SPLITS=tile.splits,
+        UNROLL=tile.unroll,
+        IS_FINISHED=is_finished,
+        **encoding,
+        **tile_arguments(
+            w,
+            experts.w13_bias,
+            held,
+            routing.align,
+            tile,
+            config,
+            has_row_scale=isinstance(x, QTensor),
+        ),
+    )
+    if not is_finished:
+        columns = max(min(triton.next_power_of_2(width), _COLUMNS), STEP)
+        _finish_kernel[(routing.slot_of_choice_TA.numel(), triton.cdiv(width, columns))](
+            out,
+            h_data,
+            h_scale,
+            routing.slot_of_choice_TA,
+            width,
+            num_slots,
+            *h_strides,
+            BLOCK_COLUMNS=columns,
+            SPLITS=tile.splits,
+            IS_CHAINED=config.is_chained,
+            **encoding,
+            **chain_arguments(config),
+            num_warps=columns // STEP,
+        )
+    return h
+
+
+def _empty(num_slots: int, width: int, data: Tensor, format: Format | None) -> Tensor | QTensor:
+    shape = (num_slots, width)
+    if format is None:
+        return data.new_empty(shape)
+    if not has_steps(format):
+        # One scale may serve all rows.
+        return data.new_zeros(shape, dtype=torch.float32)
+    # Scales of a column of blocks lie side by side: that is how the other half reads them.
+    scale = data.new_empty((triton.cdiv(width, STEP), num_slots), dtype=torch.float32)
+    return QTensor(data.new_empty(shape, dtype=format.element.dtype), scale.T, format)
+
+
+def activate(h: Tensor, activation: Activation, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """``act(h)`` of float32 ``h [S, 2F]`` in `dtype`; zero in rows of no token."""
+    width = width_of(h, activation)
+    out = h.new_zeros((h.shape[0], width), dtype=dtype)
+    columns = min(triton.next_power_of_2(max(width, 1)), _COLUMNS)
+    grid = (routing.slot_of_choice_TA.numel(), triton.cdiv(width, columns))
+    if grid[0] and grid[1]:
+        _finish_kernel[grid](
+            h,
+            out,
+            out,
+            routing.slot_of_choice_TA,
+            width,
+            h.shape[0],
+            0,
+            0,
+            BLOCK_COLUMNS=columns,
+            SPLITS=1,
+            IS_CHAINED=False,
+            IS_ENCODED=False,
+            **encoding_arguments(None),
+            **activation_arguments(activation),
+            num_warps=1,
+        )
+    return out

@@ -1,0 +1,125 @@
+"""Which configuration `fused_moe` takes: by the rows that an expert gets on average."""
+
+from dataclasses import replace
+from math import ceil, floor
+
+from octomoe.core.device import Target
+from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
+
+# Rows of an expert up to which a tile has 16 and 32 slots, and up to which it has 64 in any case.
+_FEW, _SOME, _MANY = 12, 24, 64
+# Programs of the up-projection that a multiprocessor holds where experts have few rows, the most
+# parts that its depth is split into, and what each doubling of them costs.
+_RESIDENT, _MAX_SPLITS, _COST = 2, 4, 1.03
+# The longest depth of the down-projection whose rows fit beside its weights.
+_SHORT = 384
+
+
+def fused_moe_config(
+    num_tokens: int,
+    num_choices: int,
+    num_experts: int,
+    width: int,
+    *,
+    has_steps: bool = True,
+    row_bytes: int = 1,
+    weight_bytes: int = 1,
+    target: Target,
+) -> FusedMoeConfig:
+    """How to run a layer of experts of `width` F for tokens with `num_choices` experts each.
+
+    Elements of x and h have `row_bytes`, those of weights `weight_bytes`. `has_steps`: h gets a
+    scale for every 128 columns.
+
+    Measured on an H200 with 128 x 128 scales; other formats and devices take the same tiles.
+
+    >>> h200 = Target("NVIDIA H200", arch=90, sms=132)
+    >>> fused_moe_config(1, 8, num_experts=128, width=768, target=h200).up.splits
+    2
+    >>> fused_moe_config(8192, 8, num_experts=128, width=768, target=h200).up.rows
+    128
+    """
+    rows = num_tokens * num_choices / max(num_experts, 1)
+    active = num_experts * (1 - (1 - 1 / max(num_experts, 1)) ** (num_tokens * num_choices))
+    sms = max(target.sms, 1)
+    if rows <= _FEW:
+        splits = _splits(active * -(-width // 64) / (_RESIDENT * sms))
+        # The steps of a short way are loaded one by one.
+        unroll, stages = (2, 3) if splits == 1 else (1, 5)
+        up = ExpertTileConfig(16, 64, num_stages=stages, unroll=unroll, splits=splits)
+        down = ExpertTileConfig(16, 128, num_stages=2, tiles=2 if width < 512 else 1)
+        if num_tokens == 1:
+            down = ExpertTileConfig(16, 128, num_stages=4)
+    elif rows <= _SOME:
+        up = ExpertTileConfig(32, 64, num_stages=3)
+        down = ExpertTileConfig(32, 128, num_stages=3, tiles=4)
+    else:
+        programs = active * ceil(rows / 64) * ceil(width / 128)
+        up = _up_of_many(programs, sms)
+        if rows > _MANY and width > 128:
+            up = ExpertTileConfig(128, 128, num_warps=8, num_stages=4)
+        if not has_steps:
+            # Without scales between them, products of gate and up are held at once: of 128 columns
+            # they take more registers than there are.
+            up = replace(up, columns=64, num_stages=3)
+        down = ExpertTileConfig(64, 128, num_stages=3, tiles=4)
+        if width <= _SHORT:
+            down = ExpertTileConfig(64, 64, num_stages=3, tiles=16, held=_SHORT)
+    has_tma = target.arch >= 90
+    return FusedMoeConfig(
+        _legal(up, row_bytes, weight_bytes, 2, target.smem),
+        _legal(down, row_bytes, weight_bytes, 1, target.smem),
+        is_swapped=rows <= _SOME,
+        has_descriptors=has_tma,
+        is_chained=has_tma,
+        combined=_combined(num_tokens),
+    )
+
+
+def _legal(
+    tile: ExpertTileConfig, row_bytes: int, weight_bytes: int, parts: int, smem: int
+) -> ExpertTileConfig:
+    """`tile`, or what is left of it in `smem` bytes of shared memory (0: nobody asks)."""
+    smem = smem or 1 << 30
+    while not tile.is_legal(row_bytes, weight_bytes, parts, smem):
+        if tile.held or tile.unroll > 1:
+            tile = replace(tile, held=0, unroll=1)
+        elif tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        else:
+            tile = replace(tile, columns=tile.columns // 2)
+    return tile
+
+
+def _combined(num_tokens: int) -> int:
+    """Columns of a program that sums over experts: few tokens wait for memory, many fill it."""
+    if num_tokens <= 8:
+        return 128
+    return 256 if num_tokens <= 512 else 1024
+
+
+def _up_of_many(programs: float, sms: int) -> ExpertTileConfig:
+    """Two programs with two loads in flight on a multiprocessor, or one with three.
+
+    The latter, where the former would leave a good part of a GPU idle in the end.
+    """
+    two, one = programs / (2 * sms), programs / sms
+    if one / ceil(one) > 1.25 * two / ceil(two):
+        return ExpertTileConfig(64, 128, num_stages=3)
+    return ExpertTileConfig(64, 128, num_stages=2)
+
+
+def _splits(waves: float) -> int:
+    """Parts of the depth that fill a GPU best, which `waves` of programs fill without.
+
+    Memory is kept busy by half of the programs that a GPU holds; a last wave that is smaller takes
+    as long.
+    """
+
+    def time(splits: int) -> float:
+        whole = floor(waves * splits)
+        rest = waves * splits - whole
+        last = max(rest, 0.5) if rest else 0.0
+        return (whole + last) / splits * _COST ** (splits.bit_length() - 1)
+
+    return min((1 << i for i in range(_MAX_SPLITS.bit_length())), key=time)
