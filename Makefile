@@ -7,6 +7,8 @@ TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 # The Triton that `make test-triton` tests the kernels with: by default the oldest supported.
 TRITON ?= 3.6.0
+# A process per core takes file after file of tests.
+SHARED := -n auto --dist loadfile
 TRITON_VENV := .venv-triton-$(TRITON)
 
 .PHONY: demo test test-triton lint types clean
@@ -23,7 +25,7 @@ demo: $(READY)
 	@$(BIN)/octomoe demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 # Triton comes last and by itself: a build of torch may name another one, which pip only warns of.
 $(TRITON_VENV)/.ready: pyproject.toml octomoe/version.py
@@ -35,7 +37,7 @@ $(TRITON_VENV)/.ready: pyproject.toml octomoe/version.py
 
 # The kernels under another Triton, in an environment of its own: make test-triton TRITON=3.6.0
 test-triton: $(TRITON_VENV)/.ready
-	$(TRITON_VENV)/bin/python -m pytest tests/kernels $(PYTEST_ARGS)
+	$(TRITON_VENV)/bin/python -m pytest $(SHARED) tests/kernels $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ def test_ours_are_close_to_the_reference(problem, no_clock):
 
 
 def test_a_configuration_is_checked_before_it_is_timed(problem, no_clock):
-    config = replace(benchmark.looked_up(problem), rows=32)
+    config = replace(benchmark.looked_up(problem), combined=64)
     assert benchmark.time_config(problem, config).us == 10.0
 
 

@@ -262,6 +262,23 @@ def test_a_nan_stays_in_its_token(config, kernel_device, draw_ids, assert_same_b
     assert_same_bits(y_TD[rest], clean_TD[rest])
 
 
+@pytest.mark.gpu
+@pytest.mark.plain_memory
+def test_more_than_two_to_the_31_elements(draw_ids, assert_agrees):
+    case = (150_000, 8, 8, "any", 2048, 128)
+    experts = make_layer(case, "cuda", "block x group")
+    x_TD, weights_TA, ids_TA = make_inputs(case, "cuda", draw_ids)
+    y_TD = fused_moe(
+        x_TD, experts, weights_TA, ids_TA, activation_format=FP8_GROUP128, backend="triton"
+    )
+    # Slots of the last expert lie past 2^31 elements of y_SD, and every token has one there.
+    for some in (slice(16), slice(-16, None)):
+        expected = fused_moe_reference(
+            x_TD[some], experts, weights_TA[some], ids_TA[some], activation_format=FP8_GROUP128
+        )
+        assert_agrees(y_TD[some], expected)
+
+
 def test_what_is_fused(kernel_device):
     def check(pair, dtype=torch.bfloat16):
         experts = make_layer(MIXED, kernel_device, pair)
