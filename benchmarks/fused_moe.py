@@ -15,9 +15,7 @@ expert's weights read once, or the multiplications done, whichever takes longer.
 """
 
 import argparse
-import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,6 @@ from statistics import geometric_mean
 from typing import Any, Final
 
 import torch
-import triton
 from torch import Tensor
 
 from benchmarks.layers import (
@@ -44,15 +41,13 @@ from benchmarks.layers import (
     work_of,
 )
 from benchmarks.peers import sglang
+from benchmarks.records import about, append, results_file
 from octomoe import FP8_GROUP128, build_routing, fused_moe
 from octomoe.core.device import Target
-from octomoe.kernels.fused_moe import expert_of_block, experts_forward
+from octomoe.kernels.fused_moe import config_of, expert_of_block, experts_forward
 from octomoe.tune.configs import FusedMoeConfig
-from octomoe.tune.fused_moe import fused_moe_config
 from octomoe.tune.timing import Timing, time_graphs
 
-ROOT: Final = Path(__file__).parents[1]
-RESULTS: Final = ROOT / "benchmarks" / "results"
 TOKENS: Final = (1, 8, 32, 128, 512, 2048, 8192)
 # Measured: bytes read per second (TB), and dense FP8 GEMM rounded up (TFLOP/s).
 CEILINGS: Final = {"NVIDIA H200": (4.3, 1500.0)}
@@ -97,14 +92,8 @@ def octomoe_layer(problem: Problem, config: FusedMoeConfig | None = None) -> Cal
 
 def looked_up(problem: Problem) -> FusedMoeConfig:
     """What the public op runs with."""
-    num_tokens, num_choices = problem.topk_ids_TA.shape
-    return fused_moe_config(
-        num_tokens,
-        num_choices,
-        problem.experts.num_experts,
-        problem.experts.intermediate_size,
-        target=Target.of(problem.hidden_TD.device),
-    )
+    num_choices = problem.topk_ids_TA.shape[1]
+    return config_of(problem.hidden_TD, problem.experts, num_choices, FP8_GROUP128)
 
 
 def octomoe_op(problem: Problem) -> Callable[[], Tensor]:
@@ -249,7 +238,7 @@ def main() -> int:
     if peer is None:
         print("sglang is missing: give --sglang, a folder made by benchmarks/peers/sglang.py")
     device = Target.of("cuda").name
-    out = options.out or RESULTS / device.lower().replace(" ", "-") / "fused_moe.jsonl"
+    out = options.out or results_file("fused_moe")
     print("layer ", *(f"{column:>10}" for column in COLUMNS), sep="", flush=True)
     ratios: list[float] = []
     for name in options.shapes:
@@ -298,33 +287,18 @@ def record_of(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What was measured of one shape, with all that is needed to do so again."""
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    command = "python benchmarks/fused_moe.py" + (" --sglang FOLDER" if peer else "")
+    record = about(command, options.commit)
     if peer is not None:
-        versions["sglang"] = peer.version
+        record["versions"]["sglang"] = peer.version
     return {
-        "commit": options.commit or output_of("git", "describe", "--always", "--dirty"),
-        "command": "python benchmarks/fused_moe.py" + (" --sglang FOLDER" if peer else ""),
-        "device": device,
-        "versions": versions,
+        **record,
         "repeats": options.repeats,
         "ceilings": CEILINGS.get(device),
         "layer": name,
         "shape": asdict(SHAPES[name]),
         "results": results,
     }
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """One more line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; empty where it cannot run."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

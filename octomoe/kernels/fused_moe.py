@@ -64,8 +64,10 @@ def fused_moe(
         return (y_TD * routed_scaling_factor).to(hidden_states.dtype)
     config = config or config_of(hidden_states, experts, topk_ids.shape[1], activation_format)
     routing = build_routing(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
-    x: Tensor | QTensor = hidden_states.contiguous()
-    if activation_format is not None:
+    x: Tensor | QTensor
+    if activation_format is None:
+        x = hidden_states.contiguous()
+    else:
         scale = static_scale(experts.w13_input_scale, activation_format)
         x = quantize(hidden_states, activation_format, scale=scale)
     return experts_forward(
