@@ -4,7 +4,7 @@ A tile of h is a tile of the gate and the tile of up that goes with it. NaN is k
 it: comparisons choose between values here, since a maximum may lose a NaN.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -39,11 +39,6 @@ def nonlinearity_of(activation: Activation) -> Nonlinearity:
         activation.limit_on == LimitOn.OUTPUT,
         activation.up_offset,
     )
-
-
-def activation_arguments(activation: Activation) -> dict[str, Any]:
-    """The same, one argument each."""
-    return nonlinearity_of(activation)._asdict()
 
 
 def width_of(h: Tensor, activation: Activation) -> int:

@@ -18,10 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octomoe.core.experts import Weight
-from octomoe.core.formats import ALL, FP8_TENSOR, Format
+from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.layouts import scale_strides
-from octomoe.kernels.scaling import scaling_arguments
 from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
 
 # Of the depth, in a step: scales that change do so here.
@@ -77,13 +76,6 @@ def tile_arguments(
 def chain_arguments(config: FusedMoeConfig) -> dict[str, bool]:
     """How a kernel is launched that waits for its predecessor itself."""
     return {"launch_pdl": True} if config.is_chained else {}
-
-
-def encoding_arguments(format: Format | None) -> dict[str, Any]:
-    """Compile-time arguments of a kernel that may encode, a scale per row and step."""
-    scaling = scaling_arguments(format or FP8_TENSOR)
-    names = ("TARGET", "TARGET_EXPONENT", "TARGET_MANTISSA", "IS_POW2", "IS_E5M2")
-    return {"GROUP": STEP, **{name: scaling[name] for name in names}}
 
 
 def weight_source(

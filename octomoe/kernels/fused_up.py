@@ -17,8 +17,8 @@ from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
-from octomoe.kernels.activations import _activate, activation_arguments, width_of
-from octomoe.kernels.encoding import _store_tile, _tile_amax
+from octomoe.kernels.activations import _activate, nonlinearity_of, width_of
+from octomoe.kernels.encoding import _own_amax, _store_own, encoding_of, output_of
 from octomoe.kernels.expert_tiles import (
     STEP,
     _add_bias,
@@ -30,7 +30,6 @@ from octomoe.kernels.expert_tiles import (
     _start_dependents,
     _wait_for_predecessor,
     chain_arguments,
-    encoding_arguments,
     has_steps,
     row_scale,
     tile_arguments,
@@ -44,6 +43,57 @@ _COLUMNS = 256
 
 
 @triton.jit
+def _store_activated(
+    gate,
+    up,
+    is_inside,
+    tile_row,
+    tile_column,
+    num_rows,
+    num_columns,
+    h_ptr,
+    out,
+    ENCODING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Store a tile of act(gate, up): encoded if there is an encoding, else as h has it."""
+    # Triton 3.6 passes a string on only if it has a name.
+    KIND: tl.constexpr = ACTIVATION.KIND
+    y = _activate(
+        gate,
+        up,
+        ACTIVATION.IS_GATED,
+        KIND,
+        ACTIVATION.ALPHA,
+        ACTIVATION.CLAMP,
+        ACTIVATION.IS_OUTPUT_CLAMPED,
+        ACTIVATION.UP_OFFSET,
+    )
+    y = tl.where(is_inside, y, 0.0)
+    if ENCODING is not None:
+        _store_own(
+            y,
+            _own_amax(y, ENCODING),
+            None,
+            0,
+            tile_row,
+            tile_column,
+            num_rows,
+            num_columns,
+            0,
+            num_columns,
+            out,
+            ENCODING,
+            16,
+        )
+    else:
+        row = tl.cast(tile_row, tl.int64) * y.shape[0] + tl.arange(0, y.shape[0])
+        column = tile_column * y.shape[1] + tl.arange(0, y.shape[1])
+        ptrs = h_ptr + row[:, None] * num_columns + column[None, :]
+        tl.store(ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
 def _up_kernel(
     x_ptr,
     x_scale_ptr,
@@ -51,7 +101,6 @@ def _up_kernel(
     w_scale_ptr,
     bias_ptr,
     h_ptr,
-    h_scale_ptr,
     choice_of_slot_ptr,
     expert_of_block_ptr,
     num_choices,
@@ -64,8 +113,7 @@ def _up_kernel(
     w_scale_stride_expert,
     w_scale_stride_row,
     w_scale_stride_step,
-    h_scale_stride_row,
-    h_scale_stride_column,
+    out,
     BLOCKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -84,19 +132,8 @@ def _up_kernel(
     IS_ONE_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_FINISHED: tl.constexpr,
-    IS_ENCODED: tl.constexpr,
-    GROUP: tl.constexpr,
-    TARGET: tl.constexpr,
-    TARGET_EXPONENT: tl.constexpr,
-    TARGET_MANTISSA: tl.constexpr,
-    IS_POW2: tl.constexpr,
-    IS_E5M2: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    CLAMP: tl.constexpr,
-    IS_OUTPUT_CLAMPED: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     _start_dependents(IS_CHAINED)
     # Locate the tile: columns of one block of slots are neighbours in the grid.
@@ -115,7 +152,7 @@ def _up_kernel(
     token = tl.where(is_row, choice // num_choices, 0).to(tl.int64)
     x_ptrs = x_ptr + token[:, None] * x_stride_row + tl.arange(0, BLOCK_DEPTH)[None, :]
     x_scale_ptrs = x_scale_ptr + token * x_scale_stride_row
-    PARTS: tl.constexpr = 2 if IS_GATED else 1
+    PARTS: tl.constexpr = 2 if ACTIVATION.IS_GATED else 1
     # Swapped, gate and up rows are one operand: one wait for the tensor core instead of two.
     HELD: tl.constexpr = PARTS if IS_SWAPPED else 1
     first_column = tile * BLOCK_COLUMNS
@@ -225,7 +262,7 @@ def _up_kernel(
 
     # Activate, and store.
     if IS_SWAPPED:
-        if IS_GATED:
+        if ACTIVATION.IS_GATED:
             both = tl.reshape(gate, [2, BLOCK_COLUMNS, BLOCK_ROWS])
             gate, up = tl.split(tl.permute(both, (2, 1, 0)))
         else:
@@ -234,40 +271,23 @@ def _up_kernel(
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     is_inside = is_row[:, None] & (column < num_columns)[None, :]
     if IS_FINISHED:
-        y = _activate(gate, up, IS_GATED, KIND, ALPHA, CLAMP, IS_OUTPUT_CLAMPED, UP_OFFSET)
-        y = tl.where(is_inside, y, 0.0)
-        if IS_ENCODED:
-            _store_tile(
-                y,
-                _tile_amax(y, 1, GROUP),
-                block,
-                tile,
-                num_slots,
-                num_columns,
-                h_ptr,
-                num_columns,
-                h_scale_ptr,
-                h_scale_stride_row,
-                h_scale_stride_column,
-                0,
-                0,
-                1,
-                GROUP,
-                False,
-                TARGET,
-                TARGET_EXPONENT,
-                TARGET_MANTISSA,
-                IS_POW2,
-                False,
-                IS_E5M2,
-            )
-        else:
-            h_ptrs = h_ptr + slot[:, None] * num_columns + column[None, :]
-            tl.store(h_ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+        _store_activated(
+            gate,
+            up,
+            is_inside,
+            block,
+            tile,
+            num_slots,
+            num_columns,
+            h_ptr,
+            out,
+            ENCODING,
+            ACTIVATION,
+        )
     else:
         h_ptr += (split * num_slots + slot)[:, None] * (num_columns * PARTS) + column[None, :]
         tl.store(h_ptr, gate, mask=is_inside)
-        if IS_GATED:
+        if ACTIVATION.IS_GATED:
             tl.store(h_ptr + num_columns, up, mask=is_inside)
 
 
@@ -275,35 +295,22 @@ def _up_kernel(
 def _finish_kernel(
     sums_ptr,
     h_ptr,
-    h_scale_ptr,
     slot_of_choice_ptr,
     num_columns,
     num_slots,
-    h_scale_stride_row,
-    h_scale_stride_column,
+    out,
     BLOCK_COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     IS_CHAINED: tl.constexpr,
-    IS_ENCODED: tl.constexpr,
-    GROUP: tl.constexpr,
-    TARGET: tl.constexpr,
-    TARGET_EXPONENT: tl.constexpr,
-    TARGET_MANTISSA: tl.constexpr,
-    IS_POW2: tl.constexpr,
-    IS_E5M2: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    CLAMP: tl.constexpr,
-    IS_OUTPUT_CLAMPED: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """Add up the sums over parts of the depth, in their order, activate, and store one choice."""
     _start_dependents(IS_CHAINED)
     slot = tl.load(slot_of_choice_ptr + tl.program_id(0))
     if slot < 0:
         return
-    PARTS: tl.constexpr = 2 if IS_GATED else 1
+    PARTS: tl.constexpr = 2 if ACTIVATION.IS_GATED else 1
     tile = tl.program_id(1)
     column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_inside = column < num_columns
@@ -314,39 +321,21 @@ def _finish_kernel(
         row = tl.cast(slot, tl.int64) + split * num_slots
         ptrs = sums_ptr + row * (num_columns * PARTS) + column
         gate += tl.load(ptrs, mask=is_inside, other=0.0)
-        if IS_GATED:
+        if ACTIVATION.IS_GATED:
             up += tl.load(ptrs + num_columns, mask=is_inside, other=0.0)
-    y = _activate(gate, up, IS_GATED, KIND, ALPHA, CLAMP, IS_OUTPUT_CLAMPED, UP_OFFSET)
-    y = tl.where(is_inside, y, 0.0)
-    if IS_ENCODED:
-        y = tl.reshape(y, [1, BLOCK_COLUMNS])
-        _store_tile(
-            y,
-            _tile_amax(y, 1, GROUP),
-            slot,
-            tile,
-            num_slots,
-            num_columns,
-            h_ptr,
-            num_columns,
-            h_scale_ptr,
-            h_scale_stride_row,
-            h_scale_stride_column,
-            0,
-            0,
-            1,
-            GROUP,
-            False,
-            TARGET,
-            TARGET_EXPONENT,
-            TARGET_MANTISSA,
-            IS_POW2,
-            False,
-            IS_E5M2,
-        )
-    else:
-        h_ptrs = h_ptr + tl.cast(slot, tl.int64) * num_columns + column
-        tl.store(h_ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+    _store_activated(
+        gate[None, :],
+        up[None, :],
+        is_inside[None, :],
+        slot,
+        tile,
+        num_slots,
+        num_columns,
+        h_ptr,
+        out,
+        ENCODING,
+        ACTIVATION,
+    )
 
 
 def fused_up(
@@ -370,18 +359,17 @@ def fused_up(
     if num_slots == 0 or width == 0:
         return h
     h_data = h.data if isinstance(h, QTensor) else h
-    h_scale, *h_strides = row_scale(h)
-    out = h_data
+    sums = h_data
     if not is_finished:
-        out = data.new_empty((tile.splits, num_slots, w.shape[1]), dtype=torch.float32)
+        sums = data.new_empty((tile.splits, num_slots, w.shape[1]), dtype=torch.float32)
     parts = 2 if experts.activation.gated else 1
     held = parts if config.is_swapped else 1
     x_scale, *x_strides = row_scale(x)
     w_scale, *w_strides = weight_scale(w)
-    encoding = {
-        "IS_ENCODED": has_steps(format),
-        **encoding_arguments(format),
-        **activation_arguments(experts.activation),
+    stored = {
+        "out": output_of(h) if isinstance(h, QTensor) else None,
+        "ENCODING": encoding_of(h) if isinstance(h, QTensor) else None,
+        "ACTIVATION": nonlinearity_of(experts.activation),
     }
     num_tiles = triton.cdiv(width, tile.columns)
     _up_kernel[(num_slots // tile.rows * num_tiles * tile.splits,)](
@@ -390,8 +378,7 @@ def fused_up(
         weight_source(w, parts, held, tile, config),
         w_scale,
         data if experts.w13_bias is None else experts.w13_bias,
-        out,
-        h_scale,
+        sums,
         routing.choice_of_slot_S,
         expert_of_block,
         routing.num_choices,
@@ -401,11 +388,10 @@ def fused_up(
         data.stride(0),
         *x_strides,
         *w_strides,
-        *h_strides,
         SPLITS=tile.splits,
         UNROLL=tile.unroll,
         IS_FINISHED=is_finished,
-        **encoding,
+        **stored,
         **tile_arguments(
             w,
             experts.w13_bias,
@@ -419,17 +405,15 @@ def fused_up(
     if not is_finished:
         columns = max(min(triton.next_power_of_2(width), _COLUMNS), STEP)
         _finish_kernel[(routing.slot_of_choice_TA.numel(), triton.cdiv(width, columns))](
-            out,
+            sums,
             h_data,
-            h_scale,
             routing.slot_of_choice_TA,
             width,
             num_slots,
-            *h_strides,
             BLOCK_COLUMNS=columns,
             SPLITS=tile.splits,
             IS_CHAINED=config.is_chained,
-            **encoding,
+            **stored,
             **chain_arguments(config),
             num_warps=columns // STEP,
         )
@@ -458,18 +442,15 @@ def activate(h: Tensor, activation: Activation, routing: Routing, dtype: torch.d
         _finish_kernel[grid](
             h,
             out,
-            out,
             routing.slot_of_choice_TA,
             width,
             h.shape[0],
-            0,
-            0,
+            out=None,
             BLOCK_COLUMNS=columns,
             SPLITS=1,
             IS_CHAINED=False,
-            IS_ENCODED=False,
-            **encoding_arguments(None),
-            **activation_arguments(activation),
+            ENCODING=None,
+            ACTIVATION=nonlinearity_of(activation),
             num_warps=1,
         )
     return out
