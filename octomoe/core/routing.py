@@ -231,6 +231,17 @@ def slots_of_sorted_chunks(chunk_sizes: Tensor, chunk_order: Tensor, num_rows: i
     return (row_T + shifts[chunk_T]).int().unsqueeze(1)
 
 
+def weights_of_slots(weights_TA: Tensor, routing: Routing) -> Tensor:
+    """``[S]``: the weight of each slot's choice, zero for slots of no token; differentiable.
+
+    >>> routing = routing_of_slots(torch.tensor([[2, 0], [1, -1]]), num_slots=4)
+    >>> weights_of_slots(torch.tensor([[0.25, 0.5], [1.0, 2.0]]), routing).tolist()
+    [0.5, 1.0, 0.25, 0.0]
+    """
+    # An element more, which -1 finds.
+    return pad(weights_TA.reshape(-1), (0, 1))[routing.choice_of_slot_S.long()]
+
+
 def padding_before(counts_E: Tensor, align: int) -> Tensor:
     """``[E]`` int64: slots of no token before each expert's, if all start at multiples of `align`.
 

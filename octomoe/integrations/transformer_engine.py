@@ -28,9 +28,10 @@ from octomoe.core.routing import (
     slots_of_ids,
     slots_of_mask,
     slots_of_sorted_chunks,
+    weights_of_slots,
 )
 from octomoe.errors import refusal
-from octomoe.moe.autograd import Permute, Unpermute, weights_of_slots
+from octomoe.moe.autograd import Permute, Unpermute
 from octomoe.ops.check import check_int, check_rank, check_same_device, check_shape
 from octomoe.ops.dequantize import dequantize
 from octomoe.ops.permute import permute

@@ -17,14 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from octomoe.core.device import target_of
 from octomoe.core.experts import ExpertWeights, Weight, static_scale
 from octomoe.core.formats import ALL, Format
 from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
-from octomoe.core.routing import Routing
+from octomoe.core.routing import Routing, weights_of_slots
 from octomoe.kernels.activation_quantize import activation_quantize
 from octomoe.kernels.build_routing import build_routing
 from octomoe.kernels.expert_tiles import STEP, has_steps
@@ -204,6 +203,5 @@ def _by_ops(
 
 def _weighted(x_SD: Any, weights_TA: Tensor, routing: Routing) -> Any:
     """Rows times the weights of their choices, rounded to their dtype; zero for no token."""
-    # An element more, which -1 finds.
-    weight_S = pad(weights_TA.float().reshape(-1), (0, 1))[routing.choice_of_slot_S.long()]
+    weight_S = weights_of_slots(weights_TA.float(), routing)
     return (x_SD.float() * weight_S.unsqueeze(1)).to(x_SD.dtype)

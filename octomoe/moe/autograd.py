@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from octomoe.core.routing import Routing
 from octomoe.ops.permute import permute
@@ -68,18 +67,6 @@ class Unpermute(torch.autograd.Function):
         y_SD, weights_TA = weighted
         dy_SD, dweights_TA = unpermute_bwd(dx_TD, y_SD, routing, weights_TA, backend=ctx.backend)
         return dy_SD, None, dweights_TA.to(weights_TA.dtype), None
-
-
-def weights_of_slots(weights_TA: Tensor, routing: Routing) -> Tensor:
-    """``[S]``: the weight of each slot's choice, zero for slots of no token; differentiable.
-
-    >>> from octomoe.core.routing import routing_of_slots
-    >>> routing = routing_of_slots(torch.tensor([[2, 0], [1, -1]]), num_slots=4)
-    >>> weights_of_slots(torch.tensor([[0.25, 0.5], [1.0, 2.0]]), routing).tolist()
-    [0.5, 1.0, 0.25, 0.0]
-    """
-    # An element more, which -1 finds.
-    return pad(weights_TA.reshape(-1), (0, 1))[routing.choice_of_slot_S.long()]
 
 
 def _save(ctx: Any, routing: Routing, backend: str, *tensors: Tensor) -> None:

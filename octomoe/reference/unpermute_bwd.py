@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import pad
 
-from octomoe.core.routing import Routing
+from octomoe.core.routing import Routing, weights_of_slots
 from octomoe.reference.permute import permute
 
 
@@ -14,8 +14,8 @@ def unpermute_bwd(
     permuted = permute(dy, routing)
     assert isinstance(permuted, Tensor)
     dy_SD = permuted.float()
-    # An element more, which -1 finds: slots of no token, and choices without a slot, get zero.
-    weight_S = pad(weights.float().reshape(-1), (0, 1))[routing.choice_of_slot_S.long()]
+    weight_S = weights_of_slots(weights.float(), routing)
     product_S = (y.float() * dy_SD).sum(dim=1)
+    # An element more, which -1 finds: choices without a slot get zero.
     dweights_TA = pad(product_S, (0, 1))[routing.slot_of_choice_TA.long()]
     return (dy_SD * weight_S.unsqueeze(1)).to(dy.dtype), dweights_TA

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from octomoe import build_routing
-from octomoe.moe.autograd import Permute, Unpermute, weights_of_slots
+from octomoe.core.routing import weights_of_slots
+from octomoe.moe.autograd import Permute, Unpermute
 
 # tokens, experts, choices, pattern of the ids, width of a row
 CASES = {
