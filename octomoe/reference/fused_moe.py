@@ -14,7 +14,7 @@ from torch import Tensor
 from octomoe.core.experts import ExpertWeights, static_scale
 from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
-from octomoe.core.routing import Routing
+from octomoe.core.routing import Routing, weights_of_slots
 from octomoe.reference.activation_quantize import activate, activation_quantize
 from octomoe.reference.build_routing import build_routing
 from octomoe.reference.grouped_gemm import grouped_gemm
@@ -65,6 +65,5 @@ def _weighted_rows(x_TD: Tensor, topk_weights_TA: Tensor, routing: Routing) -> T
     """Rows in slot order, each multiplied by its router weight, in the dtype of x."""
     x_SD = permute(x_TD, routing)
     assert isinstance(x_SD, Tensor)
-    choice_S = routing.choice_of_slot_S.long()
-    weight_S = topk_weights_TA.reshape(-1).to(torch.float32)[choice_S.clamp_min(0)]
+    weight_S = weights_of_slots(topk_weights_TA.to(torch.float32), routing)
     return (x_SD.to(torch.float32) * weight_S.unsqueeze(1)).to(x_TD.dtype)

@@ -263,6 +263,21 @@ def test_every_activation(activation, pair, device, draw_ids, assert_agrees):
 
 
 @EACH_PAIR
+@pytest.mark.parametrize("is_on_input", [False, True], ids=["after", "on input"])
+def test_weights_of_dropped_choices_do_not_matter(
+    is_on_input, pair, device, draw_ids, assert_same_bits
+):
+    experts = in_formats(make_experts(SMALL, device, seed=13), pair)
+    x_TD, weights_TA, ids_TA = make_inputs(SMALL, device, 13, draw_ids)
+    ids_TA[0, 0] = -1
+    options = {"apply_router_weight_on_input": is_on_input}
+    weights_TA[ids_TA < 0] = 1.0
+    expected_TD = run((x_TD, weights_TA, ids_TA), experts, pair, **options)
+    weights_TA[ids_TA < 0] = torch.nan
+    assert_same_bits(run((x_TD, weights_TA, ids_TA), experts, pair, **options), expected_TD)
+
+
+@EACH_PAIR
 def test_hidden_states_in_bf16(pair, device, draw_ids, assert_agrees):
     experts = in_formats(make_experts(SMALL, device, seed=4), pair)
     inputs = make_inputs(SMALL, device, 4, draw_ids, dtype=torch.bfloat16)
