@@ -27,6 +27,7 @@ class PermuteConfig:
         scales: of a row that it moves at once; a power of two.
         num_warps: of a program.
         is_sparse: choices without a slot are skipped, not read in vain.
+        is_chained: rows move while a kernel before brings their scales to rows.
     """
 
     columns: int
@@ -34,6 +35,7 @@ class PermuteConfig:
     scales: int = 32
     num_warps: int = 4
     is_sparse: bool = False
+    is_chained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
 
 # Rows of an expert up to which a tile has 16 and 32 slots, and up to which it has 64 in any case.
 _FEW, _SOME, _MANY = 12, 24, 64
-# Programs of the up-projection that a multiprocessor holds where experts have few rows, the most
-# parts that its depth is split into, and what each doubling of them costs.
-_RESIDENT, _MAX_SPLITS, _COST = 2, 4, 1.03
+# Widths up to which the down-projection of few rows takes two tiles per program.
+_NARROW = 256
+# What a part of the depth costs, against none: its sums are written and read.
+_COST = 1.6
 # The longest depth of the down-projection whose rows fit beside its weights.
 _SHORT = 384
 
@@ -34,7 +35,7 @@ def fused_moe_config(
     Measured on an H200 with 128 x 128 scales; other formats and devices take the same tiles.
 
     >>> h200 = Target("NVIDIA H200", arch=90, sms=132)
-    >>> fused_moe_config(1, 8, num_experts=128, width=768, target=h200).up.splits
+    >>> fused_moe_config(1, 8, num_experts=128, width=384, target=h200).up.splits
     2
     >>> fused_moe_config(8192, 8, num_experts=128, width=768, target=h200).up.rows
     128
@@ -43,11 +44,11 @@ def fused_moe_config(
     active = num_experts * (1 - (1 - 1 / max(num_experts, 1)) ** (num_tokens * num_choices))
     sms = max(target.sms, 1)
     if rows <= _FEW:
-        splits = _splits(active * -(-width // 64) / (_RESIDENT * sms))
-        # The steps of a short way are loaded one by one.
-        unroll, stages = (2, 3) if splits == 1 else (1, 5)
-        up = ExpertTileConfig(16, 64, num_stages=stages, unroll=unroll, splits=splits)
-        down = ExpertTileConfig(16, 128, num_stages=2, tiles=2 if width < 512 else 1)
+        up = _up_of_few(active * ceil(width / 64), sms)
+        if rows > _FEW / 2 and width <= 128:
+            # One tile has all of a scale's columns: it activates and quantises them itself.
+            up = ExpertTileConfig(16, 128, num_stages=2, unroll=2)
+        down = ExpertTileConfig(16, 128, num_stages=2, tiles=2 if width <= _NARROW else 1)
         if num_tokens == 1:
             down = ExpertTileConfig(16, 128, num_stages=4)
     elif rows <= _SOME:
@@ -109,17 +110,22 @@ def _up_of_many(programs: float, sms: int) -> ExpertTileConfig:
     return ExpertTileConfig(64, 128, num_stages=2)
 
 
-def _splits(waves: float) -> int:
-    """Parts of the depth that fill a GPU best, which `waves` of programs fill without.
+def _up_of_few(programs: float, sms: int) -> ExpertTileConfig:
+    """The tiles, of those that a multiprocessor can hold, whose waves fill a GPU best."""
+    # Programs that a multiprocessor holds, and a little for more of them in flight.
+    choices = (
+        (2, 1.0, ExpertTileConfig(16, 64, num_stages=3, unroll=2)),
+        (3, 0.99, ExpertTileConfig(16, 64, num_stages=2, unroll=2)),
+        # The steps of a short way are loaded one by one.
+        (2, _COST, ExpertTileConfig(16, 64, num_stages=5, splits=2)),
+        (2, _COST**2, ExpertTileConfig(16, 64, num_stages=5, splits=4)),
+    )
 
-    Memory is kept busy by half of the programs that a GPU holds; a last wave that is smaller takes
-    as long.
-    """
+    def time(resident: int, cost: float, tile: ExpertTileConfig) -> float:
+        waves = programs * tile.splits / (resident * sms)
+        rest = waves - floor(waves)
+        # Half of the programs keep memory busy. How many there are is not known to a tenth.
+        last = rest if waves > 1 and rest < 0.1 else (1 + rest) / 2
+        return cost * resident * (floor(waves) + last) / tile.splits
 
-    def time(splits: int) -> float:
-        whole = floor(waves * splits)
-        rest = waves * splits - whole
-        last = max(rest, 0.5) if rest else 0.0
-        return (whole + last) / splits * _COST ** (splits.bit_length() - 1)
-
-    return min((1 << i for i in range(_MAX_SPLITS.bit_length())), key=time)
+    return min(choices, key=lambda choice: time(*choice))[2]

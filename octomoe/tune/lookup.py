@@ -232,24 +232,35 @@ def _computed_tile(
 
 
 def permute_config(
-    num_columns: int, item_bytes: int, num_scales: int = 0, num_choices: int = 1
+    num_columns: int,
+    item_bytes: int,
+    num_scales: int = 0,
+    num_choices: int = 1,
+    *,
+    target: Target | None = None,
 ) -> PermuteConfig:
     """How to move rows of `num_columns` elements of `item_bytes` bytes with `num_scales` scales.
 
-    >>> permute_config(7168, item_bytes=1, num_scales=56)
-    PermuteConfig(columns=4096, slots=32, scales=32, num_warps=8, is_sparse=False)
+    >>> permute_config(7168, item_bytes=1, num_scales=56).columns
+    4096
     """
     columns = min(_power_of_two(num_columns), _ROW_BYTES // item_bytes)
     side = 64 if num_scales > 64 else 32
-    num_warps = 8 if item_bytes == 1 else 4
-    return PermuteConfig(columns, side, side, num_warps, num_choices > _MOST_CHOSEN)
+    return PermuteConfig(
+        columns,
+        slots=side,
+        scales=side,
+        num_warps=8 if item_bytes == 1 else 4,
+        is_sparse=num_choices > _MOST_CHOSEN,
+        is_chained=target is not None and target.arch >= 90,
+    )
 
 
 def unpermute_bwd_config(num_columns: int) -> PermuteConfig:
     """How to take gradients of rows of `num_columns` elements.
 
-    >>> unpermute_bwd_config(7168)
-    PermuteConfig(columns=4096, slots=32, scales=64, num_warps=4, is_sparse=True)
+    >>> unpermute_bwd_config(7168).scales
+    64
     """
     columns = min(max(_power_of_two(num_columns), 32), _SUMMED_COLUMNS)
     num_warps = max(columns // 1024, 1)

@@ -61,7 +61,7 @@ from octomoe.kernels.unpermute_bwd import unpermute_bwd
 from octomoe.reference.build_routing import build_routing
 from octomoe.reference.quantize import quantize as quantize_reference
 from octomoe.tune.fused_moe import fused_moe_config
-from octomoe.tune.lookup import routing_config
+from octomoe.tune.lookup import permute_config, routing_config
 
 # Widths of a row: of a real model, and one that allows accesses of single elements only.
 WIDE, ODD = 7168, 131
@@ -159,12 +159,16 @@ CASES = {
     ),
     "permute bf16": Case(lambda: permute(tokens(), routing())),
     "permute bf16 one choice": Case(lambda: permute(tokens(), routing(1))),
-    "permute fp8_group128 to gemm_ready": Case(
-        lambda: permute(quantized(FP8_GROUP128), routing(), layout=GEMM_READY)
-    ),
     "permute mxfp8": Case(lambda: permute(quantized(MXFP8), routing())),
     "permute mxfp8 to interleaved": Case(
         lambda: permute(quantized(MXFP8), routing(), layout=INTERLEAVED)
+    ),
+    "permute mxfp8 in gemm_ready": Case(
+        lambda: permute(
+            quantize(tokens(), MXFP8, layout=GEMM_READY),
+            routing(),
+            config=permute_config(WIDE, 1, 224, target=machine()),
+        )
     ),
     "permute fp8_tensor": Case(lambda: permute(quantized(FP8_TENSOR), routing())),
     "permute odd width": Case(lambda: permute(tokens(width=ODD), routing()), 0, 0),
