@@ -165,34 +165,24 @@ def _part_rows(first_part, first_row, num_rows, PARTS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _multiply_step(
-    x,
-    x_scale,
+def _load_weights(
     w_source,
-    w_scale_ptr,
     matrix,
     first_row,
     num_rows,
     k,
     depth,
-    row,
     has_row,
-    w_scale_stride_row,
-    w_scale_stride_step,
     PARTS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     HAS_DESCRIPTOR: tl.constexpr,
     IS_DIVISIBLE: tl.constexpr,
-    HAS_STEP_SCALE: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    IS_ONE_SCALE: tl.constexpr,
-    IS_SWAPPED: tl.constexpr,
 ):
-    """``x @ w.T`` of a step, scaled; w begins at row `first_row` of `matrix` and of the next part.
+    """Weights of a step: from row `first_row` of `matrix`, and of the next part.
 
-    `row`, `has_row`: from `_part_rows`. Of rows that do not exist nothing is said.
+    `has_row`: from `_part_rows`. Of rows that do not exist nothing is said.
     """
-    TILE_ROWS: tl.constexpr = row.shape[0]
+    TILE_ROWS: tl.constexpr = has_row.shape[0]
     if HAS_DESCRIPTOR:
         w = w_source.load([matrix, first_row, k]).reshape([TILE_ROWS, BLOCK_DEPTH])
     else:
@@ -204,6 +194,27 @@ def _multiply_step(
         ROWS: tl.constexpr = TILE_ROWS // PARTS
         offset = (matrix + index // ROWS).to(tl.int64) * num_rows + first_row + index % ROWS
         w = tl.load(w_source + offset[:, None] * depth + step[None, :], mask=mask, other=0.0)
+    return w
+
+
+@triton.jit
+def _multiply_step(
+    x,
+    x_scale,
+    w,
+    w_scale_ptr,
+    k,
+    row,
+    has_row,
+    w_scale_stride_row,
+    w_scale_stride_step,
+    BLOCK_DEPTH: tl.constexpr,
+    HAS_STEP_SCALE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    IS_ONE_SCALE: tl.constexpr,
+    IS_SWAPPED: tl.constexpr,
+):
+    """``x @ w.T`` of a step, scaled. `row`, `has_row`: from `_part_rows`."""
     if x.dtype.primitive_bitwidth > 8:
         # Plain x multiplies bytes in its own dtype, which has their values.
         w = w.to(x.dtype)

@@ -3,7 +3,8 @@
 Bound by the bytes of w2 up to some 64 rows per expert; then by those of y, which is written once
 and read once by `_combine_kernel`. A program computes several tiles of the same slots. Where the
 depth is short their rows stay; else one loop goes over the steps of all tiles, so that the loads of
-a tile start before the one in front of it ends.
+a tile start before the one in front of it ends. A single tile of a short depth has its weights
+loaded while the first half still runs.
 
 Tried on an H200 and lost: bringing w2 to the L2 cache while the first half still runs (nothing
 gained), storing y by TMA (2 to 4 % slower).
@@ -21,6 +22,7 @@ from octomoe.kernels.expert_tiles import (
     STEP,
     _add_bias,
     _load_step,
+    _load_weights,
     _multiply_step,
     _part_rows,
     _row_scale,
@@ -129,10 +131,30 @@ def _down_kernel(
     h_scale_ptrs = h_scale_ptr + slot * h_scale_stride_row
     w_scale_ptr += expert.to(tl.int64) * w_scale_stride_expert
     bias_ptr += expert.to(tl.int64) * num_columns
+    first_tile = part * TILES
+    weights = tl.tuple([])
+    IS_EARLY: tl.constexpr = HELD_STEPS > 0 and TILES == 1
+    if IS_EARLY:
+        first_column = first_tile * BLOCK_COLUMNS
+        row, has_row = _part_rows(0, first_column, num_columns, 1, BLOCK_COLUMNS)
+        for i in tl.static_range(HELD_STEPS):
+            w = _load_weights(
+                w_source,
+                expert,
+                first_column,
+                num_columns,
+                i * BLOCK_DEPTH,
+                depth,
+                has_row,
+                1,
+                BLOCK_DEPTH,
+                HAS_DESCRIPTOR,
+                IS_DIVISIBLE,
+            )
+            weights += (w,)
     _wait_for_predecessor(IS_CHAINED)
 
     SHAPE: tl.constexpr = [BLOCK_COLUMNS, BLOCK_ROWS] if IS_SWAPPED else [BLOCK_ROWS, BLOCK_COLUMNS]
-    first_tile = part * TILES
     if HELD_STEPS:
         rows = tl.tuple([])
         scales = tl.tuple([])
@@ -155,24 +177,33 @@ def _down_kernel(
             row, has_row = _part_rows(0, first_column, num_columns, 1, BLOCK_COLUMNS)
             y = tl.zeros(SHAPE, tl.float32)
             for i in tl.static_range(HELD_STEPS):
+                if IS_EARLY:
+                    w = weights[i]
+                else:
+                    w = _load_weights(
+                        w_source,
+                        expert,
+                        first_column,
+                        num_columns,
+                        i * BLOCK_DEPTH,
+                        depth,
+                        has_row,
+                        1,
+                        BLOCK_DEPTH,
+                        HAS_DESCRIPTOR,
+                        IS_DIVISIBLE,
+                    )
                 y += _multiply_step(
                     rows[i],
                     scales[i],
-                    w_source,
+                    w,
                     w_scale_ptr,
-                    expert,
-                    first_column,
-                    num_columns,
                     i * BLOCK_DEPTH,
-                    depth,
                     row,
                     has_row,
                     w_scale_stride_row,
                     w_scale_stride_step,
-                    1,
                     BLOCK_DEPTH,
-                    HAS_DESCRIPTOR,
-                    IS_DIVISIBLE,
                     HAS_STEP_SCALE,
                     SCALE_ROWS,
                     IS_ONE_SCALE,
@@ -214,24 +245,30 @@ def _down_kernel(
                 IS_DIVISIBLE,
                 HAS_ROW_SCALE and HAS_STEP_SCALE,
             )
-            y += _multiply_step(
-                h,
-                h_scale,
+            w = _load_weights(
                 w_source,
-                w_scale_ptr,
                 expert,
                 first_column,
                 num_columns,
                 k,
                 depth,
-                row,
                 has_row,
-                w_scale_stride_row,
-                w_scale_stride_step,
                 1,
                 BLOCK_DEPTH,
                 HAS_DESCRIPTOR,
                 IS_DIVISIBLE,
+            )
+            y += _multiply_step(
+                h,
+                h_scale,
+                w,
+                w_scale_ptr,
+                k,
+                row,
+                has_row,
+                w_scale_stride_row,
+                w_scale_stride_step,
+                BLOCK_DEPTH,
                 HAS_STEP_SCALE,
                 SCALE_ROWS,
                 IS_ONE_SCALE,

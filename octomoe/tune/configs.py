@@ -100,7 +100,8 @@ class ExpertTileConfig:
         unroll: steps along the depth that are loaded at once (up).
         splits: parts of the depth, each a program's (up).
         tiles: that a program computes one after another (down).
-        held: the longest depth whose rows a program keeps for all of its tiles (down).
+        held: the longest depth whose rows a program keeps for all of its tiles; a single tile's
+            weights are loaded before there are rows (down).
     """
 
     rows: int
@@ -125,7 +126,8 @@ class ExpertTileConfig:
             self.num_stages * self.unroll * 128 * (self.rows * row_bytes + columns * weight_bytes)
         )
         if self.held:
-            loads = self.held * (self.rows * row_bytes + self.num_stages * columns * weight_bytes)
+            num_stages = self.num_stages if self.tiles > 1 else 1
+            loads = self.held * (self.rows * row_bytes + num_stages * columns * weight_bytes)
         # Bytes that meet wider rows lie there once more.
         converted = 128 * columns * row_bytes if row_bytes != weight_bytes else 0
         return max(loads + converted, 4 * self.rows * columns) <= smem

@@ -10,10 +10,11 @@ from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
 _FEW, _SOME, _MANY = 12, 24, 64
 # Widths up to which the down-projection of few rows takes two tiles per program.
 _NARROW = 256
-# What a part of the depth costs, against none: its sums are written and read.
-_COST = 1.6
-# The longest depth of the down-projection whose rows fit beside its weights.
-_SHORT = 384
+# What each doubling of the parts of a depth costs: their sums are written and read.
+_COST = 1.3
+# The longest depth of the down-projection whose rows fit beside its weights, and the longest for
+# which a program brings all weights of a tile before there are rows.
+_SHORT, _EARLY = 384, 768
 
 
 def fused_moe_config(
@@ -36,7 +37,7 @@ def fused_moe_config(
 
     >>> h200 = Target("NVIDIA H200", arch=90, sms=132)
     >>> fused_moe_config(1, 8, num_experts=128, width=384, target=h200).up.splits
-    2
+    4
     >>> fused_moe_config(8192, 8, num_experts=128, width=768, target=h200).up.rows
     128
     """
@@ -48,9 +49,9 @@ def fused_moe_config(
         if rows > _FEW / 2 and width <= 128:
             # One tile has all of a scale's columns: it activates and quantises them itself.
             up = ExpertTileConfig(16, 128, num_stages=2, unroll=2)
-        down = ExpertTileConfig(16, 128, num_stages=2, tiles=2 if width <= _NARROW else 1)
-        if num_tokens == 1:
-            down = ExpertTileConfig(16, 128, num_stages=4)
+        # Weights that wait to be converted fill the registers.
+        early = _EARLY if row_bytes == weight_bytes else 0
+        down = _down_of_few(num_tokens, width, early)
     elif rows <= _SOME:
         up = ExpertTileConfig(32, 64, num_stages=3)
         down = ExpertTileConfig(32, 128, num_stages=3, tiles=4)
@@ -110,14 +111,26 @@ def _up_of_many(programs: float, sms: int) -> ExpertTileConfig:
     return ExpertTileConfig(64, 128, num_stages=2)
 
 
+def _down_of_few(num_tokens: int, width: int, early: int) -> ExpertTileConfig:
+    """All weights of a tile ahead of its rows where that is little, else two loads in flight.
+
+    `early`: the longest depth for which a program can do that.
+    """
+    if width <= early and (width <= 128 or num_tokens == 1):
+        return ExpertTileConfig(16, 128 if width <= _SHORT else 64, num_stages=4, held=early)
+    if num_tokens == 1:
+        return ExpertTileConfig(16, 128, num_stages=4)
+    return ExpertTileConfig(16, 128, num_stages=2, tiles=2 if width <= _NARROW else 1)
+
+
 def _up_of_few(programs: float, sms: int) -> ExpertTileConfig:
     """The tiles, of those that a multiprocessor can hold, whose waves fill a GPU best."""
     # Programs that a multiprocessor holds, and a little for more of them in flight.
     choices = (
         (2, 1.0, ExpertTileConfig(16, 64, num_stages=3, unroll=2)),
         (3, 0.99, ExpertTileConfig(16, 64, num_stages=2, unroll=2)),
+        (2, _COST, ExpertTileConfig(16, 64, num_stages=3, unroll=2, splits=2)),
         # The steps of a short way are loaded one by one.
-        (2, _COST, ExpertTileConfig(16, 64, num_stages=5, splits=2)),
         (2, _COST**2, ExpertTileConfig(16, 64, num_stages=5, splits=4)),
     )
 

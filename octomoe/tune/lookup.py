@@ -245,7 +245,7 @@ def permute_config(
     4096
     """
     columns = min(_power_of_two(num_columns), _ROW_BYTES // item_bytes)
-    side = 64 if num_scales > 64 else 32
+    side = 128 if num_scales > 64 else 32
     return PermuteConfig(
         columns,
         slots=side,
