@@ -4,8 +4,8 @@
     python benchmarks/readme_tables.py --check   exit with 1 if it would change
 
 A table stands between ``<!-- accuracy: MODEL -->``, ``<!-- convert: cpu -->``,
-``<!-- memory_bound: DEVICE -->`` or ``<!-- fused_moe: DEVICE -->`` and ``<!-- end -->``. That of
-fused_moe is empty until something was measured.
+``<!-- memory_bound: DEVICE -->``, ``<!-- routing: DEVICE -->`` or ``<!-- fused_moe: DEVICE -->`` and
+``<!-- end -->``. That of fused_moe is empty until something was measured.
 """
 
 import json
@@ -21,7 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY = RESULTS / "cpu" / "accuracy.jsonl"
 CONVERT = RESULTS / "cpu" / "convert.jsonl"
 MARKED = re.compile(
-    r"(<!-- (accuracy|convert|memory_bound|fused_moe): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (accuracy|convert|memory_bound|routing|fused_moe): (\S+) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -37,6 +38,8 @@ def main() -> None:
                 made = convert_table()
             case "fused_moe":
                 made = fused_moe_table(match[3])
+            case "routing":
+                made = routing_table(match[3])
             case _:
                 made = memory_bound_table(match[3])
         return match[1] + made + match[4]
@@ -103,6 +106,26 @@ def memory_bound_table(device: str) -> str:
             f"`{record['command']}`, {record['rows']} rows of {record['columns']}, "
             f"{record['device']}, copy at {record['copy_tb_per_s']:.2f} TB/s, commit "
             f"{record['commit']}, {versions}; from `{path.relative_to(ROOT)}`."
+        ),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def routing_table(device: str) -> str:
+    """The newest record of routing beside TransformerEngine's row-id map."""
+    path = RESULTS / device / "routing.jsonl"
+    record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    rows = ["| routing | octomoe us | TransformerEngine us |", "|---|--:|--:|"]
+    for result in record["results"]:
+        if "transformer_engine" in result["runs"]:
+            ours, peer = (result["runs"][name]["us"] for name in ("octomoe", "transformer_engine"))
+            rows.append(f"| {result['name']} | {ours:.1f} | {peer:.1f} |")
+    rows += [
+        "",
+        (
+            f"`{record['command']}`, {record['device']}, commit {record['commit']}, "
+            f"{', '.join(f'{name} {number}' for name, number in record['versions'].items())}; "
+            f"from `{path.relative_to(ROOT)}`."
         ),
     ]
     return "\n".join(rows) + "\n"
