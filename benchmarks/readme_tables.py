@@ -3,9 +3,9 @@
     python benchmarks/readme_tables.py           rewrite README.md
     python benchmarks/readme_tables.py --check   exit with 1 if it would change
 
-A table stands between ``<!-- accuracy: MODEL -->``, ``<!-- convert: cpu -->``,
-``<!-- memory_bound: DEVICE -->``, ``<!-- routing: DEVICE -->`` or ``<!-- fused_moe: DEVICE -->`` and
-``<!-- end -->``. That of fused_moe is empty until something was measured.
+A table stands between ``<!-- NAME: OF -->`` and ``<!-- end -->``; names are accuracy (of a model),
+convert (cpu), memory_bound, routing and fused_moe (of a device). That of fused_moe is empty until
+something was measured.
 """
 
 import json
