@@ -3,10 +3,11 @@
 PYTHONPATH=. python benchmarks/fused_moe.py [--sglang FOLDER] [--shapes DSV ...] [--tokens 8 ...]
 
 FOLDER is made by benchmarks/peers/sglang.py. Layers, tokens and what must come out are those of
-benchmarks/layers.py. Three contenders take turns, in CUDA graphs, L2 flushed before each replay:
+benchmarks/layers.py. Contenders take turns, in CUDA graphs, L2 flushed before each replay:
 
     sglang       from quantised rows to the sum over experts, under its tuned configurations
-    octomoe      the same region
+    octomoe      the same region, on the kernels that the public op takes on this device
+    portable     the same region on the portable kernels, where the op takes others
     octomoe op   `octomoe.fused_moe`: bf16 rows are quantised and routed too
 
 Before they are timed, each runs in memory that holds NaN, and 16 tokens of its output are compared
@@ -44,8 +45,10 @@ from benchmarks.peers import sglang
 from benchmarks.records import about, append, results_file
 from octomoe import FP8_GROUP128, build_routing, fused_moe
 from octomoe.core.device import Target
-from octomoe.kernels.fused_moe import config_of, expert_of_block, experts_forward
-from octomoe.tune.configs import FusedMoeConfig
+from octomoe.kernels import fused_moe as portable
+from octomoe.kernels import fused_moe_sm90 as sm90
+from octomoe.tune.configs import FusedMoeConfig, PrefillConfig
+from octomoe.tune.fused_moe import prefill_config
 from octomoe.tune.timing import Timing, time_graphs
 
 TOKENS: Final = (1, 8, 32, 128, 512, 2048, 8192)
@@ -62,6 +65,7 @@ COLUMNS: Final = {
     "sglang": 1,
     "octomoe": 1,
     "times": 2,
+    "portable": 1,
     "whole op": 1,
     "err peer": 4,
     "err ours": 4,
@@ -69,31 +73,45 @@ COLUMNS: Final = {
 }
 
 
-def octomoe_layer(problem: Problem, config: FusedMoeConfig | None = None) -> Callable[[], Tensor]:
+def octomoe_layer(
+    problem: Problem, config: FusedMoeConfig | PrefillConfig | None = None
+) -> Callable[[], Tensor]:
     """From quantised rows to the sum over experts; `config` in place of the one looked up."""
     config = config or looked_up(problem)
     experts = problem.experts
     routing = build_routing(
         problem.topk_ids_TA, experts.num_experts, align=config.rows, backend="triton"
     )
-    return partial(
-        experts_forward,
+    arguments: tuple[Any, ...] = (
         problem.x,
         experts,
         problem.topk_weights_TA,
         routing,
-        expert_of_block(routing),
-        activation_format=FP8_GROUP128,
-        out_dtype=problem.hidden_TD.dtype,
-        routed_scaling_factor=SCALING,
-        config=config,
+        portable.expert_of_block(routing),
     )
+    options: dict[str, Any] = {
+        "out_dtype": problem.hidden_TD.dtype,
+        "routed_scaling_factor": SCALING,
+        "config": config,
+    }
+    if isinstance(config, PrefillConfig):
+        return partial(sm90.experts_forward, *arguments, **options)
+    options["activation_format"] = FP8_GROUP128
+    return partial(portable.experts_forward, *arguments, **options)
 
 
-def looked_up(problem: Problem) -> FusedMoeConfig:
+def looked_up(problem: Problem) -> FusedMoeConfig | PrefillConfig:
     """What the public op runs with."""
+    num_tokens, num_choices = problem.topk_ids_TA.shape
+    target = Target.of(problem.hidden_TD.device)
+    config = prefill_config(num_tokens, num_choices, problem.experts.num_experts, target)
+    return config or portable_config(problem)
+
+
+def portable_config(problem: Problem) -> FusedMoeConfig:
+    """What it runs with where only the portable kernels do."""
     num_choices = problem.topk_ids_TA.shape[1]
-    return config_of(problem.hidden_TD, problem.experts, num_choices, FP8_GROUP128)
+    return portable.config_of(problem.hidden_TD, problem.experts, num_choices, FP8_GROUP128)
 
 
 def octomoe_op(problem: Problem) -> Callable[[], Tensor]:
@@ -106,7 +124,7 @@ def octomoe_op(problem: Problem) -> Callable[[], Tensor]:
         problem.topk_ids_TA,
         activation_format=FP8_GROUP128,
         routed_scaling_factor=SCALING,
-        backend="triton",
+        backend="auto" if problem.hidden_TD.is_cuda else "triton",
     )
 
 
@@ -156,7 +174,9 @@ def errors_of(problem: Problem, outputs: dict[str, Tensor]) -> dict[str, dict[st
     return errors
 
 
-def time_config(problem: Problem, config: FusedMoeConfig, *, repeats: int = 20) -> Timing:
+def time_config(
+    problem: Problem, config: FusedMoeConfig | PrefillConfig, *, repeats: int = 20
+) -> Timing:
     """Check and time our kernels under one configuration, for those who search for the best."""
     with poisoned():
         run = octomoe_layer(problem, config)
@@ -174,6 +194,9 @@ def measure(problem: Problem, peer: sglang.Peer | None, *, repeats: int) -> dict
             "octomoe": octomoe_layer(problem),
             "octomoe op": octomoe_op(problem),
         }
+        if isinstance(looked_up(problem), PrefillConfig):
+            configs["portable"] = asdict(portable_config(problem))
+            runs["portable"] = octomoe_layer(problem, portable_config(problem))
         if peer is not None:
             name = Target.of(device).name
             sizes = experts.num_experts, experts.intermediate_size, problem.num_tokens
@@ -218,6 +241,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         peer.get("us"),
         ours["us"],
         ratio(result),
+        runs.get("portable", ours)["us"],
         runs["octomoe op"]["us"],
         peer.get("error"),
         ours["error"],

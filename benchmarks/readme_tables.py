@@ -147,8 +147,11 @@ def fused_moe_table(device: str, results: Path = RESULTS) -> str:
     used = [of_layer[tokens] for of_layer in newest.values() for tokens in sorted(of_layer)]
     versions = {f"{name} {number}" for run in used for name, number in run["versions"].items()}
     rows = [
-        "| layer | tokens | floor us | SGLang us | octomoe us | times as fast | whole op us |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        (
+            "| layer | tokens | floor us | SGLang us | octomoe us | times as fast "
+            "| portable us | whole op us |"
+        ),
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
         *map(_fused_moe_row, used),
         "",
         (
@@ -170,6 +173,7 @@ def _fused_moe_row(run: dict[str, Any]) -> str:
         f"{runs['sglang']['us']:.1f}" if "sglang" in runs else "",
         f"{runs['octomoe']['us']:.1f}",
         f"{_times(run):.2f}" if "sglang" in runs else "",
+        f"{runs.get('portable', runs['octomoe'])['us']:.1f}",
         f"{runs['octomoe op']['us']:.1f}",
     )
     return f"| {' | '.join(cells)} |"

@@ -21,7 +21,7 @@ from octomoe.core.experts import Weight
 from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.layouts import scale_strides
-from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
+from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig, PrefillConfig
 
 # Of the depth, in a step: scales that change do so here.
 STEP = 128
@@ -73,7 +73,7 @@ def tile_arguments(
     }
 
 
-def chain_arguments(config: FusedMoeConfig) -> dict[str, bool]:
+def chain_arguments(config: FusedMoeConfig | PrefillConfig) -> dict[str, bool]:
     """How a kernel is launched that waits for its predecessor itself."""
     return {"launch_pdl": True} if config.is_chained else {}
 

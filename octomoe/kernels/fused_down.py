@@ -36,7 +36,7 @@ from octomoe.kernels.expert_tiles import (
     weight_source,
 )
 from octomoe.kernels.unpermute import _weighted_row
-from octomoe.tune.configs import FusedMoeConfig
+from octomoe.tune.configs import FusedMoeConfig, PrefillConfig
 
 
 @triton.jit
@@ -385,7 +385,7 @@ def combine(
     routing: Routing,
     factor: float,
     out_dtype: torch.dtype,
-    config: FusedMoeConfig,
+    config: FusedMoeConfig | PrefillConfig,
 ) -> Tensor:
     """``y [S, D] -> [T, D]``: the weighted sum over the choices of a token, times `factor`."""
     num_columns = y.shape[1]

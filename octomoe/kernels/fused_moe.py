@@ -85,7 +85,7 @@ def fused_moe(
 def is_fused(hidden_states: Tensor, experts: ExpertWeights, format: Format | None) -> bool:
     """Whether the two halves can do this; else it goes op by op."""
     weights = (experts.w13, experts.w2)
-    if hidden_states.dtype == torch.float32 or not all(_has_steps_only(w) for w in weights):
+    if hidden_states.dtype == torch.float32 or not all(has_steps_only(w) for w in weights):
         return False
     if format is None:
         return all(isinstance(w, QTensor) or w.dtype == hidden_states.dtype for w in weights)
@@ -94,7 +94,7 @@ def is_fused(hidden_states: Tensor, experts: ExpertWeights, format: Format | Non
     )
 
 
-def _has_steps_only(w: Weight) -> bool:
+def has_steps_only(w: Weight) -> bool:
     """Whether the scales of w, if it has any, are constant over each step of the depth."""
     if not isinstance(w, QTensor):
         return w.is_contiguous()

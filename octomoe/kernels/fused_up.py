@@ -368,7 +368,7 @@ def fused_up(
     data = x.data if isinstance(x, QTensor) else x
     width = experts.w2.shape[2]
     is_finished = tile.splits == 1 and (not has_steps(format) or tile.columns % STEP == 0)
-    h = _empty(num_slots, width, data, format)
+    h = empty_h(num_slots, width, data, format)
     if num_slots == 0 or width == 0:
         return h
     h_data = h.data if isinstance(h, QTensor) else h
@@ -433,7 +433,8 @@ def fused_up(
     return h
 
 
-def _empty(num_slots: int, width: int, data: Tensor, format: Format | None) -> Tensor | QTensor:
+def empty_h(num_slots: int, width: int, data: Tensor, format: Format | None) -> Tensor | QTensor:
+    """Memory for what `fused_up` returns, beside its rows' `data`."""
     shape = (num_slots, width)
     if format is None:
         return data.new_empty(shape)

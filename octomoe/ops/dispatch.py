@@ -78,10 +78,26 @@ def choose(op: str, backend: str, device: torch.device, name: str = "") -> str:
 
 
 def implementation(
-    op: str, backend: str, device: torch.device, name: str = ""
+    op: str, backend: str, device: torch.device, name: str = "", problem: tuple[Any, ...] = ()
 ) -> Callable[..., Any]:
-    """The function that runs `op`; `name` picks a sibling in the same file (``op`` + pass)."""
-    module = import_module(_MODULES[choose(op, backend, device, name)].format(op=op))
+    """The function that runs `op`; `name` picks a sibling in the same file (``op`` + pass).
+
+    `problem`: what a kernel that cannot do everything is asked about: its file's `why_not` says
+    what it lacks. `auto` then goes on to the next backend.
+
+    Raises:
+        ValueError, NotImplementedError: as `choose`; or the backend asked for cannot do `problem`.
+    """
+    chosen = choose(op, backend, device, name)
+    module = import_module(_MODULES[chosen].format(op=op))
+    reason = module.why_not(*problem) if problem and hasattr(module, "why_not") else None
+    if reason is not None and backend != "auto":
+        needs = f"one that can do this: {chosen} cannot, {reason}"
+        raise NotImplementedError(refusal(name or op, "backend", f"is {backend!r}", needs))
+    if reason is not None:
+        others = BACKENDS[BACKENDS.index(chosen) + 1 :]
+        chosen = next(other for other in others if why_not(op, other, device) is None)
+        module = import_module(_MODULES[chosen].format(op=op))
     function: Callable[..., Any] = getattr(module, name or op)
     return function
 

@@ -183,13 +183,15 @@ def _fused_moe_op(
         w13_input_scale,
         w2_input_scale,
     )
-    run = implementation("fused_moe", backend, hidden_states.device)
+    format = Format.parse(activation_format) if activation_format else None
+    problem = (hidden_states, experts, topk_ids.shape[1], format, apply_router_weight_on_input)
+    run = implementation("fused_moe", backend, hidden_states.device, problem=problem)
     y: Tensor = run(
         hidden_states,
         experts,
         topk_weights,
         topk_ids,
-        activation_format=Format.parse(activation_format) if activation_format else None,
+        activation_format=format,
         routed_scaling_factor=routed_scaling_factor,
         apply_router_weight_on_input=apply_router_weight_on_input,
         expert_map=expert_map,

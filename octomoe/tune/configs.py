@@ -200,3 +200,28 @@ class GemmConfig:
         converted = part * (self.rows + self.columns) * product_bytes
         result = 4 * self.rows * self.columns
         return is_cut and max(loads + converted, result) <= smem
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """How Hopper's kernels for many rows run.
+
+    Attributes:
+        rows: slots of a tile, 64 or 128: two programs on a multiprocessor, or one.
+        up_stages, down_stages: steps along the depth that lie in shared memory at once.
+        group: blocks of slots that take turns over all columns.
+        combined: columns that a program of the combine sums.
+        is_chained: kernels are launched before their predecessors end.
+    """
+
+    rows: int
+    up_stages: int
+    down_stages: int
+    group: int = 8
+    combined: int = 1024
+    is_chained: bool = True
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds."""
+        return 128 // self.rows

@@ -2,14 +2,22 @@
 
 from dataclasses import replace
 from math import ceil, floor
+from typing import Final
 
 from octomoe.core.device import Target
-from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
+from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig, PrefillConfig
 
 # Rows of an expert up to which a tile has 16 and 32 slots, and up to which it has 64 in any case.
 _FEW, _SOME, _MANY = 12, 24, 64
 # Widths up to which the down-projection of few rows takes two tiles per program.
 _NARROW = 256
+# Rows of an expert from which Hopper's kernels for many rows are faster, and from which they are so
+# with tiles of 128.
+_PREFILL, _WIDE = 100, 200
+PREFILL_CONFIGS: Final = (
+    PrefillConfig(64, up_stages=2, down_stages=2),
+    PrefillConfig(128, up_stages=4, down_stages=3),
+)
 # What each doubling of the parts of a depth costs: their sums are written and read.
 _COST = 1.3
 # The longest depth of the down-projection whose rows fit beside its weights, and the longest for
@@ -76,6 +84,20 @@ def fused_moe_config(
         is_chained=has_tma,
         combined=_combined(num_tokens),
     )
+
+
+def prefill_config(
+    num_tokens: int, num_choices: int, num_experts: int, target: Target
+) -> PrefillConfig | None:
+    """How Hopper's kernels for many rows run; None where an expert has too few for them.
+
+    >>> prefill_config(8192, 8, 128, Target("NVIDIA H200", arch=90, sms=132)).rows
+    128
+    """
+    rows = num_tokens * num_choices / max(num_experts, 1)
+    if target.arch != 90 or rows < _PREFILL:
+        return None
+    return PREFILL_CONFIGS[rows >= _WIDE]
 
 
 def _legal(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -158,7 +158,6 @@ CASES = {
         lambda: activation_bwd_both(*gradients(), SILU, MXFP8, MXFP8_COLUMN, seed=seed()), 16, 8
     ),
     "permute bf16": Case(lambda: permute(tokens(), routing())),
-    "permute bf16 one choice": Case(lambda: permute(tokens(), routing(1))),
     "permute mxfp8": Case(lambda: permute(quantized(MXFP8), routing())),
     "permute mxfp8 to interleaved": Case(
         lambda: permute(quantized(MXFP8), routing(), layout=INTERLEAVED)
@@ -171,7 +170,7 @@ CASES = {
         )
     ),
     "permute fp8_tensor": Case(lambda: permute(quantized(FP8_TENSOR), routing())),
-    "permute odd width": Case(lambda: permute(tokens(width=ODD), routing()), 0, 0),
+    "permute odd width": Case(lambda: permute(tokens(ODD), routing()), 0, 0),
     "unpermute bf16": Case(lambda: unpermute(slots(), routing())),
     "unpermute bf16 weights": Case(lambda: unpermute(slots(), routing(), weights())),
     "unpermute bf16 one choice": Case(lambda: unpermute(slots(64), routing(1))),
@@ -341,7 +340,7 @@ def route(num_tokens: int, num_experts: int = 256, has_map: bool = False) -> Non
 def layer(num_tokens: int, weights: Format, activations: Format | None) -> None:
     """A layer of 128 experts of which a token chooses 8, from rows to the sum over experts."""
     experts = ExpertWeights(
-        _in_memory((128, 768, 4096), weights), _in_memory((128, 4096, 384), weights)
+        in_memory((128, 768, 4096), weights), in_memory((128, 4096, 384), weights)
     )
     config = fused_moe_config(
         num_tokens,
@@ -360,7 +359,7 @@ def layer(num_tokens: int, weights: Format, activations: Format | None) -> None:
         config.rows,
     )
     experts_forward(
-        _in_memory((num_tokens, 4096), activations or torch.bfloat16),
+        in_memory((num_tokens, 4096), activations or torch.bfloat16),
         experts,
         torch.empty(num_tokens, 8),
         routing,
@@ -375,16 +374,16 @@ def layer(num_tokens: int, weights: Format, activations: Format | None) -> None:
 def side(
     num: int, format: Format | torch.dtype = torch.bfloat16, width: int = 4096
 ) -> Tensor | QTensor:
-    return _in_memory((num, width), format)
+    return in_memory((num, width), format)
 
 
 def stack(
     format: Format | torch.dtype = torch.bfloat16, num_rows: int = 4096, width: int = 4096
 ) -> Tensor | QTensor:
-    return _in_memory((16, num_rows, width), format)
+    return in_memory((16, num_rows, width), format)
 
 
-def _in_memory(shape: tuple[int, ...], format: Format | torch.dtype) -> Tensor | QTensor:
+def in_memory(shape: tuple[int, ...], format: Format | torch.dtype) -> Tensor | QTensor:
     if isinstance(format, torch.dtype):
         return torch.empty(shape, dtype=format)
     scale = torch.empty(format.scale_shape(shape), dtype=format.scale_dtype)
@@ -409,8 +408,13 @@ class _Driver:
 
 
 def compile_case(name: str, target: str) -> list[dict[str, object]]:
-    """Run a case with compilation in the place of every launch; a record per kernel."""
-    launched = []
+    """A record per kernel of a case."""
+    return compile_launches(CASES[name].run, {"case": name, "target": target})
+
+
+def compile_launches(run: Callable[[], object], about: dict[str, Any]) -> list[dict[str, object]]:
+    """Run something with compilation in the place of every launch; a record per kernel."""
+    launched, target = [], about["target"]
 
     def compile_instead(kernel: JITFunction, grid: object) -> Callable[..., None]:
         def launch(*args: object, **options: object) -> None:
@@ -420,9 +424,9 @@ def compile_case(name: str, target: str) -> list[dict[str, object]]:
 
     driver.set_active(_Driver(_gpu_target(target)))
     JITFunction.__getitem__ = compile_instead
-    about = {"case": name, "target": target, "triton": triton.__version__}
+    about = about | {"triton": triton.__version__}
     try:
-        CASES[name].run()
+        run()
     # Triton has no common class of errors, and each is reported.
     except Exception as error:
         return [about | {"kernel": None, "error": f"{type(error).__name__}: {error}"}]
@@ -436,7 +440,6 @@ def compile_case(name: str, target: str) -> list[dict[str, object]]:
 
 
 def _gpu_target(name: str) -> GPUTarget:
-    """``cuda:90`` or ``hip:gfx942``."""
     backend, arch = name.split(":")
     return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
 
@@ -483,17 +486,14 @@ def is_worth_it(name: str, target: str) -> bool:
     return not target.endswith("gfx950") or bool(CASES[name].tensor_core)
 
 
-def main(targets: list[str]) -> None:
+def main(compile_job: Callable[[str, str], list[Any]], jobs: list[tuple[str, str]]) -> None:
     # Results must not come from an earlier run.
     with TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
-        with pool:
-            jobs = [job for job in product(CASES, targets) if is_worth_it(*job)]
-            for records in pool.map(compile_case, *zip(*jobs, strict=True)):
-                for record in records:
-                    print(json.dumps(record), flush=True)
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            for record in chain.from_iterable(pool.map(compile_job, *zip(*jobs, strict=True))):
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(compile_case, [job for job in product(CASES, sys.argv[1:]) if is_worth_it(*job)])

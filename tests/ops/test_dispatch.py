@@ -3,6 +3,8 @@
 Claimed: every op takes a backend; a refusal names the op and gives each backend's reason.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -184,3 +186,28 @@ def test_reason_where_no_kernel_was_written(monkeypatch, hopper):
 def test_every_op_has_a_reference():
     for op in dispatch.OPS:
         assert callable(dispatch.implementation(op, "reference", CPU))
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """A backend sm90 whose kernel takes even numbers only, in front of one that takes all."""
+    modules = {
+        "octomoe.kernels.quantize_sm90": SimpleNamespace(
+            quantize=lambda: "sm90", why_not=lambda number: "it is odd" if number % 2 else None
+        ),
+        "octomoe.kernels.quantize": SimpleNamespace(quantize=lambda: "triton"),
+    }
+    pretend(monkeypatch)
+    monkeypatch.setattr(dispatch, "import_module", modules.__getitem__)
+
+
+@pytest.mark.parametrize(("number", "backend"), [(2, "sm90"), (3, "triton")])
+def test_auto_goes_on_where_a_kernel_refuses_a_problem(number, backend, refusing):
+    assert dispatch.implementation("quantize", "auto", CUDA, problem=(number,))() == backend
+
+
+def test_an_explicit_backend_refuses_what_its_kernel_cannot_do(refusing):
+    assert dispatch.implementation("quantize", "sm90", CUDA, problem=(2,))() == "sm90"
+    match = "^quantize: backend is 'sm90', but needs one that can do this: sm90 cannot, it is odd"
+    with pytest.raises(NotImplementedError, match=match):
+        dispatch.implementation("quantize", "sm90", CUDA, problem=(3,))

@@ -1,0 +1,130 @@
+"""A layer of experts on Hopper: many rows by warp-specialised kernels, few by the portable ones.
+
+    h[s]   = quantize(act(x[token of s] @ w13[e].T + b13[e]))     fused_up_sm90
+    y[s]   = h[s] @ w2[e].T + b2[e]                               fused_down_sm90
+    out[t] = factor * sum over a of weight[t, a] * y[slot of (t, a)]
+
+Where an expert has few rows, both are bound by the bytes of weights, and the kernels of
+`octomoe.kernels.fused_moe` are faster.
+"""
+
+import torch
+from torch import Tensor
+
+from octomoe.core.device import target_of
+from octomoe.core.experts import ExpertWeights, Weight, static_scale
+from octomoe.core.formats import ALL, Format
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.kernels import fused_moe as portable
+from octomoe.kernels.build_routing import build_routing
+from octomoe.kernels.expert_tiles import STEP, has_steps
+from octomoe.kernels.fused_down import combine
+from octomoe.kernels.fused_down_sm90 import fused_down
+from octomoe.kernels.fused_up_sm90 import fused_up
+from octomoe.kernels.quantize import quantize
+from octomoe.tune.configs import PrefillConfig
+from octomoe.tune.fused_moe import prefill_config
+
+# Places in rows and slots are 32-bit numbers here.
+_MAX_ELEMENTS = 2**31
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation_format: Format | None = None,
+    routed_scaling_factor: float = 1.0,
+    apply_router_weight_on_input: bool = False,
+    expert_map: Tensor | None = None,
+    config: PrefillConfig | None = None,
+) -> Tensor:
+    """``[T, D] -> [T, D]``; see `octomoe.fused_moe`."""
+    num_tokens, num_choices = topk_ids.shape
+    target = target_of(hidden_states.device)
+    config = config or prefill_config(num_tokens, num_choices, experts.num_experts, target)
+    if config is None:
+        return portable.fused_moe(
+            hidden_states,
+            experts,
+            topk_weights,
+            topk_ids,
+            activation_format=activation_format,
+            routed_scaling_factor=routed_scaling_factor,
+            expert_map=expert_map,
+        )
+    routing = build_routing(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
+    assert activation_format is not None
+    scale = static_scale(experts.w13_input_scale, activation_format)
+    return experts_forward(
+        quantize(hidden_states, activation_format, scale=scale),
+        experts,
+        topk_weights,
+        routing,
+        portable.expert_of_block(routing),
+        out_dtype=hidden_states.dtype,
+        routed_scaling_factor=routed_scaling_factor,
+        config=config,
+    )
+
+
+def experts_forward(
+    x: QTensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    routing: Routing,
+    expert_of_block: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    routed_scaling_factor: float,
+    config: PrefillConfig,
+) -> Tensor:
+    """What follows quantisation and routing: ``x [T, D] -> [T, D]``.
+
+    Slots of an expert start at multiples of ``config.rows``.
+    """
+    h = fused_up(x, experts, routing, expert_of_block, config)
+    if not isinstance(h, QTensor):
+        h = quantize(h, x.format, scale=static_scale(experts.w2_input_scale, x.format))
+    y = fused_down(h, experts, routing, expert_of_block, config)
+    return combine(y, topk_weights, routing, routed_scaling_factor, out_dtype, config)
+
+
+def why_not(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    num_choices: int,
+    format: Format | None,
+    is_weighted_first: bool,
+) -> str | None:
+    """What keeps these kernels from a layer, whatever the number of rows; None if nothing does."""
+    num_tokens, depth = hidden_states.shape
+    width = experts.w2.shape[2]
+    steps = has_steps(format)
+    if format is None or not _is_known(format):
+        return "activations are not E4M3 with float32 scales"
+    if not all(_has_tiles(w, steps) for w in (experts.w13, experts.w2)):
+        return "weights are not E4M3 with float32 scales of rows, or of 128 x 128 blocks, in place"
+    if hidden_states.dtype != torch.bfloat16:
+        return f"hidden states are {hidden_states.dtype}, not bfloat16"
+    if is_weighted_first:
+        return "rows are weighted before the experts"
+    # TMA wants rows at multiples of 16 bytes; in a tile of w13, scales of a step are one.
+    if depth % 16 or width % (STEP if steps else 16):
+        return f"sizes {depth} and {width} are no multiples of 16 and {STEP if steps else 16}"
+    if num_tokens * max(depth, num_choices * width) >= _MAX_ELEMENTS:
+        return "places in rows do not fit 32 bits"
+    return None
+
+
+def _is_known(format: Format) -> bool:
+    return format.element.dtype == torch.float8_e4m3fn and format.scale_dtype == torch.float32
+
+
+def _has_tiles(w: Weight, steps: bool) -> bool:
+    if not portable.has_steps_only(w) or not isinstance(w, QTensor) or not _is_known(w.format):
+        return False
+    return w.data.data_ptr() % 16 == 0 and w.format.block[1] in ((STEP,) if steps else (1, ALL))

@@ -1,0 +1,161 @@
+"""What Hopper's kernels for many rows share: values, the order of tiles, how products are added."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from octomoe.core.device import num_sms
+from octomoe.core.qtensor import QTensor
+from octomoe.core.routing import Routing
+from octomoe.kernels.expert_tiles import STEP, has_steps, row_scale, weight_scale
+from octomoe.kernels.gluon_shim import TensorDescriptor, gl, gluon
+from octomoe.tune.configs import PrefillConfig
+
+
+class Rows(NamedTuple):
+    """Quantised rows: bytes, scales, and what lies between neighbours."""
+
+    data: Tensor
+    stride_row: int
+    scale: Tensor
+    scale_stride_row: int
+    scale_stride_step: int
+
+
+class Scales(NamedTuple):
+    """Scales of weights, what lies between those of experts, rows and steps, and biases."""
+
+    scale: Tensor
+    stride_expert: int
+    stride_row: int
+    stride_step: int
+    bias: Tensor
+
+
+class Slots(NamedTuple):
+    """A routing: choices of slots, experts of blocks, slots in use."""
+
+    choice: Tensor
+    expert_of_block: Tensor
+    num_used: Tensor
+    num_choices: int
+
+
+class Sizes(NamedTuple):
+    """Blocks of slots and tiles of columns; steps of the depth, the depth, and columns."""
+
+    blocks: Any
+    tiles: Any
+    steps: Any
+    depth: Any
+    columns: Any
+
+
+class Plan(NamedTuple):
+    """What is known about a problem when its kernel is compiled.
+
+    A scale of weights serves `SCALE_ROWS` rows (0: all).
+    """
+
+    ROWS: int
+    STAGES: int
+    GROUP: int
+    HAS_STEP_SCALE: bool
+    SCALE_ROWS: int
+    HAS_BIAS: bool
+    IS_DIVISIBLE: bool
+
+
+def rows_of(x: Tensor | QTensor) -> Rows:
+    """Rows as kernels see them; without scales, these are never read."""
+    data = x.data if isinstance(x, QTensor) else x
+    return Rows(data, data.stride(0), *row_scale(x))
+
+
+def scales_of(w: QTensor, bias: Tensor | None) -> Scales:
+    """Scales of ``w [E, rows, depth]`` and biases as kernels see them."""
+    return Scales(*weight_scale(w), w.scale if bias is None else bias)
+
+
+def slots_of(routing: Routing, expert_of_block: Tensor) -> Slots:
+    """A routing as kernels see it."""
+    num_used = routing.expert_offsets[-1:]
+    return Slots(routing.choice_of_slot_S, expert_of_block, num_used, routing.num_choices)
+
+
+def plan_of(w: QTensor, bias: Tensor | None, rows: int, num_stages: int, group: int) -> Plan:
+    """How to run with these weights."""
+    scale_rows = max(w.format.block[1], 0)
+    is_divisible = w.shape[1] % (2 * STEP) == 0
+    steps = has_steps(w.format)
+    return Plan(rows, num_stages, group, steps, scale_rows, bias is not None, is_divisible)
+
+
+def bytes_by_tma(data: Tensor, box: list[int]) -> TensorDescriptor:
+    """Tiles of 8-bit matrices, whose last axis is a step."""
+    return TensorDescriptor.from_tensor(data, box, gl.NVMMASharedLayout(STEP, 8, len(box)))
+
+
+def grid_of(config: PrefillConfig, routing: Routing, num_tiles: int) -> tuple[int]:
+    """Programs that fill the device, or as many as there can be tiles."""
+    device = routing.expert_offsets.device
+    num_blocks = routing.num_slots // config.rows
+    return (min(config.resident * num_sms(device), num_blocks * num_tiles),)
+
+
+def launch_of(config: PrefillConfig) -> dict[str, Any]:
+    """Warps of a group that multiplies, and registers of a thread until roles are taken."""
+    num_registers = 168 if config.rows == 128 else 128
+    return {"num_warps": 4, "maxnreg": num_registers, "enable_fp_fusion": True}
+
+
+@gluon.jit
+def _tile_of(number, num_blocks, num_columns, GROUP: gl.constexpr):
+    """Block of slots and block of columns of a tile.
+
+    `GROUP` blocks of slots take turns over all columns, so that what they share stays in L2.
+    """
+    first = number // (GROUP * num_columns) * GROUP
+    size = gl.minimum(num_blocks - first, GROUP)
+    rest = number % (GROUP * num_columns)
+    return first + rest % size, rest // size
+
+
+@gluon.jit
+def _promote(part, scale, total):
+    """``total + part * scale``, here and now.
+
+    Left alone, LLVM moves all of them behind the next product, two of which then fill the
+    registers; it does not move what is volatile.
+    """
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        "=f,f,f,f",
+        [part, scale, total],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _of_columns(ptr, column, num_columns, IS_DIVISIBLE: gl.constexpr):
+    """A value for each column, a scale or a bias, as a row.
+
+    Volatile, or all that a tile needs would be loaded at once, and fill the registers.
+    """
+    if IS_DIVISIBLE:
+        value = gl.load(ptr + column, volatile=True)
+    else:
+        value = gl.load(ptr + column, mask=column < num_columns, other=0.0, volatile=True)
+    return value.to(gl.float32)[None, :]
+
+
+@gluon.jit
+def _late_scale(x_scale, w_scale_ptr, column, num_columns, PLAN: gl.constexpr):
+    """What multiplies a finished product, where scales do not change by the step."""
+    if PLAN.SCALE_ROWS == 0:
+        scale = x_scale * gl.load(w_scale_ptr)
+    else:
+        scale = x_scale * _of_columns(w_scale_ptr, column, num_columns, PLAN.IS_DIVISIBLE)
+    return scale

@@ -1,0 +1,65 @@
+"""Hopper's kernels compile for it, do not spill, and use its tensor cores and TMA in FP8.
+
+Nobody can run them in an interpreter: Gluon has none. `test_fused_moe_sm90.py` runs them on a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("offline_sm90.py")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Records by case."""
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    command = [sys.executable, PROGRAM]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    records = defaultdict(list)
+    for record in map(json.loads, result.stdout.splitlines()):
+        records[record["case"]].append(record)
+    return records
+
+
+def test_every_case_compiles(compiled):
+    assert len(compiled) == 36
+    for case, records in compiled.items():
+        errors = [record["error"] for record in records if "error" in record]
+        assert not errors, case
+        assert {"_up_kernel", "_down_kernel"} <= {record["kernel"] for record in records}
+
+
+def test_no_kernel_spills(compiled):
+    for case, records in compiled.items():
+        for record in records:
+            assert record["spill_bytes"] == 0, (case, record)
+            assert record["instructions"]["STL"] == record["instructions"]["LDL"] == 0
+
+
+def test_products_are_of_bytes_that_tma_brought(compiled):
+    for records in compiled.values():
+        for record in records:
+            if record["kernel"] in ("_up_kernel", "_down_kernel"):
+                assert record["instructions"]["QGMMA"] > 0
+                assert record["instructions"]["UTMALDG"] > 0
+                assert record["instructions"]["HGMMA"] == 0
+            if record["kernel"] == "_up_kernel":
+                # Rows of tokens are gathered.
+                assert record["instructions"]["LDGSTS"] > 0
+
+
+def test_programs_fit_a_multiprocessor(compiled):
+    """Two of the smaller tiles, one of the larger."""
+    for case, records in compiled.items():
+        for record in records:
+            if record["kernel"] in ("_up_kernel", "_down_kernel"):
+                count = 2 if case.endswith(" 64 rows") else 1
+                assert count * (record["shared_bytes"] + 1024) <= 228 * 1024
+                assert record["registers"] == (128 if count == 2 else 168)
