@@ -41,7 +41,8 @@ PAIRS = {
 }
 # tokens, experts, choices, hidden size, width
 MANY = (300, 8, 2, 512, 256)
-# Tensor cores keep some 14 bits of a sum in FP8, and a value of h may be rounded to its neighbour.
+# Tensor cores keep some 14 bits of a sum in FP8, so that a value of h may be rounded to its
+# neighbour: of a hundred values, one that is large brings 35 dB.
 AGREES_DB = 40.0
 HOPPER = Target("NVIDIA H200", arch=90, sms=132)
 
@@ -134,7 +135,7 @@ def test_activations(activation, has_bias, pair, config, draw_ids, assert_agrees
 @pytest.mark.parametrize(
     ("case", "pair"),
     [
-        *product([(1, 5, 3, 144, 128), (333, 7, 3, 272, 384)], PAIRS),
+        *product([(1, 5, 3, 1040, 640), (333, 7, 3, 272, 384)], PAIRS),
         # Of scales that change by the step, a width is a multiple of 128.
         *product([(333, 7, 3, 400, 208)], ["channel x token", "tensor x tensor"]),
         *product([(0, 4, 2, 128, 128)], PAIRS),
