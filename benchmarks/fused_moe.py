@@ -43,10 +43,11 @@ from benchmarks.layers import (
 )
 from benchmarks.peers import sglang
 from benchmarks.records import about, append, results_file
-from octomoe import FP8_GROUP128, build_routing, fused_moe
+from octomoe import FP8_GROUP128, fused_moe
 from octomoe.core.device import Target
 from octomoe.kernels import fused_moe as portable
 from octomoe.kernels import fused_moe_sm90 as sm90
+from octomoe.kernels.build_routing import build_blocks
 from octomoe.tune.configs import FusedMoeConfig, PrefillConfig
 from octomoe.tune.fused_moe import prefill_config
 from octomoe.tune.timing import Timing, time_graphs
@@ -79,15 +80,15 @@ def octomoe_layer(
     """From quantised rows to the sum over experts; `config` in place of the one looked up."""
     config = config or looked_up(problem)
     experts = problem.experts
-    routing = build_routing(
-        problem.topk_ids_TA, experts.num_experts, align=config.rows, backend="triton"
+    routing, expert_of_block = build_blocks(
+        problem.topk_ids_TA, experts.num_experts, align=config.rows
     )
     arguments: tuple[Any, ...] = (
         problem.x,
         experts,
         problem.topk_weights_TA,
         routing,
-        portable.expert_of_block(routing),
+        expert_of_block,
     )
     options: dict[str, Any] = {
         "out_dtype": problem.hidden_TD.dtype,

@@ -48,10 +48,20 @@ def _rank(expert, CHOICES: tl.constexpr):
 
 @triton.jit
 def _fill(choice_of_slot_ptr, first, last, step, SLOTS: tl.constexpr):
-    """Give slots ``first .. last - 1`` to no choice: a run of SLOTS in every `step`."""
+    """Give slots ``first .. last - 1`` to no choice, or blocks to no expert.
+
+    A run of SLOTS in every `step`.
+    """
     for start in range(first, last, step):
         slot = start + tl.arange(0, SLOTS)
         tl.store(choice_of_slot_ptr + slot, tl.full([SLOTS], -1, tl.int32), mask=slot < last)
+
+
+@triton.jit
+def _name_blocks(expert_of_block_ptr, slot, expert, has_slot, align):
+    """Experts of the blocks of `align` slots whose first these are: a block has a choice there."""
+    is_first = has_slot & (slot % align == 0)
+    tl.store(expert_of_block_ptr + slot // align, expert, mask=is_first)
 
 
 @triton.jit
@@ -60,11 +70,13 @@ def _route_kernel(
     offsets_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
+    expert_of_block_ptr,
     num_choices,
     num_experts,
     num_slots,
     align,
     HAS_MAP: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
     CHOICES: tl.constexpr,
     SAMPLE: tl.constexpr,
     BINS: tl.constexpr,
@@ -118,6 +130,10 @@ def _route_kernel(
     tl.store(slot_of_choice_ptr + choice, slot, mask=choice < num_choices)
     tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=slot >= 0)
     _fill(choice_of_slot_ptr, offset + program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
+    if HAS_BLOCKS:
+        _name_blocks(expert_of_block_ptr, slot, expert, slot >= 0, align)
+        first, last = offset // align + program * SLOTS, num_slots // align
+        _fill(expert_of_block_ptr, first, last, num_programs * SLOTS, SLOTS)
 
 
 @triton.jit
@@ -126,9 +142,11 @@ def _count_kernel(
     counts_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
+    expert_of_block_ptr,
     num_choices,
     num_experts,
     num_slots,
+    num_blocks,
     num_rounds,
     HAS_MAP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
@@ -147,6 +165,7 @@ def _count_kernel(
     first_choice = program * num_rounds * CHOICES + tl.arange(0, CHOICES)
     head = _load_experts(ids, first_choice, end, num_experts, HAS_MAP)
     _fill(choice_of_slot_ptr, program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
+    _fill(expert_of_block_ptr, program * SLOTS, num_blocks, num_programs * SLOTS, SLOTS)
     for first_expert in range(0, num_experts, BINS):
         count = tl.zeros([BINS], tl.int32)
         choice = first_choice
@@ -200,11 +219,13 @@ def _place_kernel(
     offsets_ptr,
     slot_of_choice_ptr,
     choice_of_slot_ptr,
+    expert_of_block_ptr,
     num_choices,
     num_experts,
     block_size,
     align,
     HAS_MAP: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
     IS_CHAINED: tl.constexpr,
     CHOICES: tl.constexpr,
     BINS: tl.constexpr,
@@ -245,6 +266,8 @@ def _place_kernel(
             slot = tl.gather(first_slot + before, tl.where(is_bin, bin, 0), 0) + rank
             tl.store(slot_of_choice_ptr + choice, slot, mask=is_bin)
             tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=is_bin)
+            if HAS_BLOCKS:
+                _name_blocks(expert_of_block_ptr, slot, expert, is_bin, align)
             choice = next_choice
             expert = next_expert
             rank = next_rank
@@ -261,40 +284,66 @@ def build_routing(
     config: RoutingConfig | None = None,
 ) -> Routing:
     """Offsets and index maps of ``topk_ids [T, A]``; see `octomoe.build_routing`."""
+    routing = _empty(topk_ids, num_experts, align)
+    _launch(topk_ids, routing, None, expert_map, config)
+    return routing
+
+
+def build_blocks(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    align: int,
+    expert_map: Tensor | None = None,
+    config: RoutingConfig | None = None,
+) -> tuple[Routing, Tensor]:
+    """A routing, and ``[S / align]`` int32: whose every run of `align` slots is, or -1."""
+    routing = _empty(topk_ids, num_experts, align)
+    expert_of_block = routing.choice_of_slot_S.new_empty(routing.num_slots // align)
+    _launch(topk_ids, routing, expert_of_block, expert_map, config)
+    return routing, expert_of_block
+
+
+def _empty(topk_ids: Tensor, num_experts: int, align: int) -> Routing:
     device = topk_ids.device
     num_tokens, num_columns = topk_ids.shape
-    num_choices = num_tokens * num_columns
     num_slots = slot_capacity(num_tokens, num_columns, num_experts, align)
-    routing = Routing(
+    return Routing(
         torch.empty(num_experts + 1, dtype=torch.int32, device=device),
         torch.empty(topk_ids.shape, dtype=torch.int32, device=device),
         torch.empty(num_slots, dtype=torch.int32, device=device),
         align,
     )
-    config = config or routing_config(num_choices, num_experts, num_slots, target_of(device))
+
+
+def _launch(
+    topk_ids: Tensor,
+    routing: Routing,
+    expert_of_block: Tensor | None,
+    expert_map: Tensor | None,
+    config: RoutingConfig | None,
+) -> None:
+    """Start one kernel or three."""
+    offsets, num_experts = routing.expert_offsets, routing.num_experts
+    num_choices, num_slots = topk_ids.numel(), routing.num_slots
+    config = config or routing_config(
+        num_choices, num_experts, num_slots, target_of(topk_ids.device)
+    )
+    # What `_load_experts` takes apart. Contiguous ids are one row: it then divides by nothing.
     ids: tuple[Tensor | int, ...] = (
         topk_ids,
-        # Contiguous ids are one row: the kernels then divide by nothing.
-        *((1, 1, 0) if topk_ids.is_contiguous() else (num_columns, *topk_ids.stride())),
+        *((1, 1, 0) if topk_ids.is_contiguous() else (topk_ids.shape[1], *topk_ids.stride())),
         topk_ids if expert_map is None else expert_map,
         0 if expert_map is None else expert_map.stride(0),
         num_experts if expert_map is None else expert_map.shape[0],
     )
-    _launch(ids, num_choices, routing, config, expert_map is not None)
-    return routing
-
-
-def _launch(
-    ids: tuple[Tensor | int, ...],
-    num_choices: int,
-    routing: Routing,
-    config: RoutingConfig,
-    has_map: bool,
-) -> None:
-    """Start one kernel or three; `ids` is what `_load_experts` takes apart."""
-    offsets, num_experts = routing.expert_offsets, routing.num_experts
-    maps = routing.slot_of_choice_TA, routing.choice_of_slot_S
-    constants = {"HAS_MAP": has_map, "BINS": config.bins}
+    has_blocks = expert_of_block is not None
+    maps = (
+        routing.slot_of_choice_TA,
+        routing.choice_of_slot_S,
+        routing.choice_of_slot_S if expert_of_block is None else expert_of_block,
+    )
+    constants = {"HAS_MAP": expert_map is not None, "BINS": config.bins}
     if config.is_single:
         _route_kernel[(max(triton.cdiv(num_choices, config.choices), 1),)](
             ids,
@@ -302,8 +351,9 @@ def _launch(
             *maps,
             num_choices,
             num_experts,
-            routing.num_slots,
+            num_slots,
             routing.align,
+            HAS_BLOCKS=has_blocks,
             CHOICES=config.choices,
             SAMPLE=config.sample,
             PADDING=config.padding,
@@ -322,7 +372,8 @@ def _launch(
         *maps,
         num_choices,
         num_experts,
-        routing.num_slots,
+        num_slots,
+        num_slots // routing.align if has_blocks else 0,
         config.rounds,
         IS_CHAINED=config.is_chained,
         CHOICES=config.choices,
@@ -349,6 +400,7 @@ def _launch(
         num_experts,
         config.block,
         routing.align,
+        HAS_BLOCKS=has_blocks,
         IS_CHAINED=config.is_chained,
         CHOICES=config.placed,
         num_warps=config.place_warps,

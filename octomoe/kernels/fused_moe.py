@@ -14,8 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from octomoe.core.device import target_of
@@ -25,7 +23,7 @@ from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing, weights_of_slots
 from octomoe.kernels.activation_quantize import activation_quantize
-from octomoe.kernels.build_routing import build_routing
+from octomoe.kernels.build_routing import build_blocks, build_routing
 from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.fused_down import combine, fused_down
 from octomoe.kernels.fused_up import activate, fused_up
@@ -62,7 +60,9 @@ def fused_moe(
         )
         return (y_TD * routed_scaling_factor).to(hidden_states.dtype)
     config = config or config_of(hidden_states, experts, topk_ids.shape[1], activation_format)
-    routing = build_routing(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
+    routing, expert_of_block = build_blocks(
+        topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
+    )
     x: Tensor | QTensor
     if activation_format is None:
         x = hidden_states.contiguous()
@@ -74,7 +74,7 @@ def fused_moe(
         experts,
         topk_weights,
         routing,
-        expert_of_block(routing),
+        expert_of_block,
         activation_format=activation_format,
         out_dtype=hidden_states.dtype,
         routed_scaling_factor=routed_scaling_factor,
@@ -121,32 +121,6 @@ def config_of(
     places = [place for w in weights for place in (w.shape[2] * w.itemsize, w.data_ptr())]
     is_aligned = all(place % 16 == 0 for place in places)
     return replace(config, has_descriptors=config.has_descriptors and is_aligned)
-
-
-@triton.jit
-def _expert_of_block_kernel(
-    offsets_ptr, expert_of_block_ptr, num_experts, align, EXPERTS: tl.constexpr
-):
-    """Experts whose slots end before a block begins come before its own."""
-    slot = tl.program_id(0) * align
-    num_before = slot * 0
-    for first in range(0, num_experts, EXPERTS):
-        expert = first + tl.arange(0, EXPERTS)
-        end = tl.load(offsets_ptr + expert + 1, mask=expert < num_experts, other=0x7FFFFFFF)
-        num_before += tl.sum((end <= slot).to(tl.int32), axis=0)
-    expert = tl.where(num_before < num_experts, num_before, -1)
-    tl.store(expert_of_block_ptr + tl.program_id(0), expert)
-
-
-def expert_of_block(routing: Routing) -> Tensor:
-    """``[S / align]`` int32: whose every run of `align` slots is; -1 past the last expert."""
-    num_blocks = routing.num_slots // routing.align
-    out = torch.empty(num_blocks, dtype=torch.int32, device=routing.expert_offsets.device)
-    if num_blocks:
-        _expert_of_block_kernel[(num_blocks,)](
-            routing.expert_offsets, out, routing.num_experts, routing.align, EXPERTS=512
-        )
-    return out
 
 
 def experts_forward(

@@ -17,7 +17,7 @@ from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels import fused_moe as portable
-from octomoe.kernels.build_routing import build_routing
+from octomoe.kernels.build_routing import build_blocks
 from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.fused_down import combine
 from octomoe.kernels.fused_down_sm90 import fused_down
@@ -56,7 +56,9 @@ def fused_moe(
             routed_scaling_factor=routed_scaling_factor,
             expert_map=expert_map,
         )
-    routing = build_routing(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
+    routing, expert_of_block = build_blocks(
+        topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
+    )
     assert activation_format is not None
     scale = static_scale(experts.w13_input_scale, activation_format)
     return experts_forward(
@@ -64,7 +66,7 @@ def fused_moe(
         experts,
         topk_weights,
         routing,
-        portable.expert_of_block(routing),
+        expert_of_block,
         out_dtype=hidden_states.dtype,
         routed_scaling_factor=routed_scaling_factor,
         config=config,

@@ -137,6 +137,7 @@ def _up_kernel(
     ACTIVATION: tl.constexpr,
 ):
     _start_dependents(IS_CHAINED)
+    _wait_for_predecessor(IS_CHAINED)
     # Locate the tile: columns of one block of slots are neighbours in the grid.
     num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     split = tl.program_id(0) % SPLITS
@@ -404,6 +405,7 @@ def fused_up(
         SPLITS=tile.splits,
         UNROLL=tile.unroll,
         IS_FINISHED=is_finished,
+        **chain_arguments(config),
         **stored,
         **tile_arguments(
             w,

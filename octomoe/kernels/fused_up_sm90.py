@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import triton
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octomoe.core.experts import ExpertWeights
 from octomoe.core.qtensor import QTensor
@@ -323,6 +323,7 @@ def _up_kernel(
     fence_async_shared()
     ring = Ring(x_bufs, gate_bufs, up_bufs, full, full_up, empty, h_bufs)
 
+    gdc_wait()
     blocks = gl.load(slots.num_used) // PLAN.ROWS
     tiles, steps = gl.cdiv(num_columns, WIDTH), gl.cdiv(depth, WIDTH)
     sizes = Sizes(blocks, tiles, steps, depth, num_columns)
@@ -378,6 +379,7 @@ def fused_up(
         encoding_of(h) if isinstance(h, QTensor) else None,
         nonlinearity_of(experts.activation),
         plan_of(w, experts.w13_bias, config.rows, config.up_stages, config.group),
+        launch_pdl=True,
         **launch_of(config),
     )
     return h

@@ -13,7 +13,6 @@ from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import FP8_BLOCK128, FP8_CHANNEL, FP8_GROUP128, FP8_TENSOR, FP8_TOKEN
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
-from octomoe.kernels.fused_moe import expert_of_block
 from octomoe.kernels.fused_moe_sm90 import experts_forward
 from octomoe.tune.configs import PrefillConfig
 from octomoe.tune.fused_moe import PREFILL_CONFIGS
@@ -60,7 +59,7 @@ def layer(pair: str, activation: Activation, config: PrefillConfig, *, has_bias:
         experts,
         torch.empty(TOKENS, CHOICES),
         routing,
-        expert_of_block(routing),
+        torch.empty(1024 // config.rows, dtype=torch.int32),
         out_dtype=torch.bfloat16,
         routed_scaling_factor=1.0,
         config=config,

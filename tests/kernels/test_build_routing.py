@@ -1,10 +1,13 @@
-"""`build_routing` in Triton equals the reference bit for bit, in one launch and in three."""
+"""`build_routing` in Triton equals the reference bit for bit, in one launch and in three.
+
+`build_blocks` makes the same routing, and says whose each block of slots is.
+"""
 
 import pytest
 import torch
 
 from octomoe.core.device import Target
-from octomoe.kernels.build_routing import build_routing
+from octomoe.kernels.build_routing import build_blocks, build_routing
 from octomoe.reference.build_routing import build_routing as reference
 from octomoe.tune.configs import RoutingConfig
 from octomoe.tune.lookup import routing_config
@@ -54,6 +57,23 @@ def assert_equals_reference(assert_same_bits):
         assert actual.align == expected.align
 
     return check
+
+
+@EACH_CONFIG
+@pytest.mark.parametrize("align", [1, 4, 16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_blocks(case, align, config, kernel_device, draw_ids, assert_same_bits):
+    ids_TA, num_experts = make_inputs(case, kernel_device, 4, draw_ids)
+    routing, expert_of_block = build_blocks(ids_TA, num_experts, align=align, config=config)
+    expected = build_routing(ids_TA, num_experts, align=align, config=config)
+    assert_same_bits(routing.slot_of_choice_TA, expected.slot_of_choice_TA)
+    assert_same_bits(routing.choice_of_slot_S, expected.choice_of_slot_S)
+    offsets = routing.expert_offsets.tolist()
+    blocks = [-1] * (routing.num_slots // align)
+    for expert in range(num_experts):
+        for block in range(offsets[expert] // align, offsets[expert + 1] // align):
+            blocks[block] = expert
+    assert (expert_of_block.dtype, expert_of_block.tolist()) == (torch.int32, blocks)
 
 
 @EACH_CONFIG

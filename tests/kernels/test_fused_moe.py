@@ -24,13 +24,12 @@ from octomoe import (
     Activation,
     ExpertWeights,
     Target,
-    build_routing,
     fused_moe,
     quantize_experts,
 )
 from octomoe.core.formats import E4M3_240, E5M2
-from octomoe.kernels.fused_moe import expert_of_block, is_fused
 from octomoe.kernels.fused_moe import fused_moe as fused_moe_triton
+from octomoe.kernels.fused_moe import is_fused
 from octomoe.reference.fused_moe import fused_moe as fused_moe_reference
 from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
 from octomoe.tune.fused_moe import fused_moe_config
@@ -289,19 +288,6 @@ def test_what_is_fused(kernel_device):
     assert not check("block x group", torch.float32)
     # float16 rows, bf16 weights.
     assert not check("unquantised", torch.float16)
-
-
-@pytest.mark.parametrize("pattern", ["any", "one", "none", "hole", "dropped"])
-@pytest.mark.parametrize("num_experts", [3, 700])
-def test_expert_of_block(num_experts, pattern, kernel_device, draw_ids):
-    ids_TA = draw_ids(21, num_experts, 2, pattern).to(kernel_device)
-    routing = build_routing(ids_TA, num_experts, align=4)
-    offsets = routing.expert_offsets.tolist()
-    expected = [-1] * (routing.num_slots // 4)
-    for expert in range(num_experts):
-        for block in range(offsets[expert] // 4, offsets[expert + 1] // 4):
-            expected[block] = expert
-    assert expert_of_block(routing).tolist() == expected
 
 
 def test_the_looked_up_configuration_can_run():
