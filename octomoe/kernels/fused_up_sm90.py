@@ -6,10 +6,10 @@ tile is 64 or 128 slots times 128 gate and the same 128 up columns, so that a gr
 what it activates and quantises. Tensor cores keep some 14 bits of a sum in FP8: the product of each
 128 of the depth is added in float32.
 
-Bound by tensor cores: 1100 of 1480 TFLOP/s on an H200.
+Bound by tensor cores: 910 of 1480 TFLOP/s on an H200, 8192 tokens of Qwen3-235B on 4 GPUs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -58,15 +58,15 @@ GATHERERS = gl.constexpr(2)
 
 
 class Ring(NamedTuple):
-    """Stages in shared memory, barriers: which are full, which are empty; results."""
+    """Stages in shared memory, barriers (which are full, which are empty), and a place for h."""
 
-    x: object
-    gate: object
-    up: object
-    full: object
-    full_up: object
-    empty: object
-    h: object
+    x: Any
+    gate: Any
+    up: Any
+    full: Any
+    full_up: Any
+    empty: Any
+    h: Any
 
 
 @gluon.jit

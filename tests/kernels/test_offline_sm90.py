@@ -29,11 +29,11 @@ def compiled():
 
 
 def test_every_case_compiles(compiled):
-    assert len(compiled) == 36
+    assert len(compiled) == 20
     for case, records in compiled.items():
         errors = [record["error"] for record in records if "error" in record]
         assert not errors, case
-        assert {"_up_kernel", "_down_kernel"} <= {record["kernel"] for record in records}
+        assert [record["kernel"] for record in records] == ["_up_kernel", "_down_kernel"]
 
 
 def test_no_kernel_spills(compiled):
@@ -44,22 +44,19 @@ def test_no_kernel_spills(compiled):
 
 
 def test_products_are_of_bytes_that_tma_brought(compiled):
-    for records in compiled.values():
-        for record in records:
-            if record["kernel"] in ("_up_kernel", "_down_kernel"):
-                assert record["instructions"]["QGMMA"] > 0
-                assert record["instructions"]["UTMALDG"] > 0
-                assert record["instructions"]["HGMMA"] == 0
-            if record["kernel"] == "_up_kernel":
-                # Rows of tokens are gathered.
-                assert record["instructions"]["LDGSTS"] > 0
+    for up, down in compiled.values():
+        for record in (up, down):
+            assert record["instructions"]["QGMMA"] > 0
+            assert record["instructions"]["UTMALDG"] > 0
+            assert record["instructions"]["HGMMA"] == 0
+        # Rows of tokens are gathered.
+        assert up["instructions"]["LDGSTS"] > 0 == down["instructions"]["LDGSTS"]
 
 
 def test_programs_fit_a_multiprocessor(compiled):
     """Two of the smaller tiles, one of the larger."""
     for case, records in compiled.items():
+        count = 2 if case.endswith(" 64 rows") else 1
         for record in records:
-            if record["kernel"] in ("_up_kernel", "_down_kernel"):
-                count = 2 if case.endswith(" 64 rows") else 1
-                assert count * (record["shared_bytes"] + 1024) <= 228 * 1024
-                assert record["registers"] == (128 if count == 2 else 168)
+            assert count * (record["shared_bytes"] + 1024) <= 228 * 1024
+            assert record["registers"] == (128 if count == 2 else 168)
