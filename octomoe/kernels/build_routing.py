@@ -47,14 +47,11 @@ def _rank(expert, CHOICES: tl.constexpr):
 
 
 @triton.jit
-def _fill(choice_of_slot_ptr, first, last, step, SLOTS: tl.constexpr):
-    """Give slots ``first .. last - 1`` to no choice, or blocks to no expert.
-
-    A run of SLOTS in every `step`.
-    """
+def _fill(ptr, value, first, last, step, SLOTS: tl.constexpr):
+    """Give slots or blocks ``first .. last - 1`` a value: a run of SLOTS in every `step`."""
     for start in range(first, last, step):
         slot = start + tl.arange(0, SLOTS)
-        tl.store(choice_of_slot_ptr + slot, tl.full([SLOTS], -1, tl.int32), mask=slot < last)
+        tl.store(ptr + slot, tl.zeros([SLOTS], tl.int32) + value, mask=slot < last)
 
 
 @triton.jit
@@ -75,6 +72,7 @@ def _route_kernel(
     num_experts,
     num_slots,
     align,
+    nobody,
     HAS_MAP: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -119,7 +117,7 @@ def _route_kernel(
             padding = (first_slot + count)[:, None] + start + tl.arange(0, PADDING)[None, :]
             tl.store(
                 choice_of_slot_ptr + padding,
-                tl.full([BINS, PADDING], -1, tl.int32),
+                tl.zeros([BINS, PADDING], tl.int32) + nobody,
                 mask=padding < (first_slot + padded)[:, None],
             )
         offset += tl.sum(padded, axis=0)
@@ -129,11 +127,12 @@ def _route_kernel(
     slot = tl.where(slot >= 0, slot + _rank(expert, CHOICES), -1)
     tl.store(slot_of_choice_ptr + choice, slot, mask=choice < num_choices)
     tl.store(choice_of_slot_ptr + slot, choice.to(tl.int32), mask=slot >= 0)
-    _fill(choice_of_slot_ptr, offset + program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
+    first, step = offset + program * SLOTS, num_programs * SLOTS
+    _fill(choice_of_slot_ptr, nobody, first, num_slots, step, SLOTS)
     if HAS_BLOCKS:
         _name_blocks(expert_of_block_ptr, slot, expert, slot >= 0, align)
-        first, last = offset // align + program * SLOTS, num_slots // align
-        _fill(expert_of_block_ptr, first, last, num_programs * SLOTS, SLOTS)
+        first = offset // align + program * SLOTS
+        _fill(expert_of_block_ptr, -1, first, num_slots // align, step, SLOTS)
 
 
 @triton.jit
@@ -148,6 +147,7 @@ def _count_kernel(
     num_slots,
     num_blocks,
     num_rounds,
+    nobody,
     HAS_MAP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -164,8 +164,9 @@ def _count_kernel(
     end = tl.minimum((program + 1) * num_rounds * CHOICES, num_choices)
     first_choice = program * num_rounds * CHOICES + tl.arange(0, CHOICES)
     head = _load_experts(ids, first_choice, end, num_experts, HAS_MAP)
-    _fill(choice_of_slot_ptr, program * SLOTS, num_slots, num_programs * SLOTS, SLOTS)
-    _fill(expert_of_block_ptr, program * SLOTS, num_blocks, num_programs * SLOTS, SLOTS)
+    first, step = program * SLOTS, num_programs * SLOTS
+    _fill(choice_of_slot_ptr, nobody, first, num_slots, step, SLOTS)
+    _fill(expert_of_block_ptr, -1, first, num_blocks, step, SLOTS)
     for first_expert in range(0, num_experts, BINS):
         count = tl.zeros([BINS], tl.int32)
         choice = first_choice
@@ -285,7 +286,7 @@ def build_routing(
 ) -> Routing:
     """Offsets and index maps of ``topk_ids [T, A]``; see `octomoe.build_routing`."""
     routing = _empty(topk_ids, num_experts, align)
-    _launch(topk_ids, routing, None, expert_map, config)
+    _launch(topk_ids, routing, None, expert_map, -1, config)
     return routing
 
 
@@ -295,12 +296,16 @@ def build_blocks(
     *,
     align: int,
     expert_map: Tensor | None = None,
+    nobody: int = -1,
     config: RoutingConfig | None = None,
 ) -> tuple[Routing, Tensor]:
-    """A routing, and ``[S / align]`` int32: whose every run of `align` slots is, or -1."""
+    """A routing, and ``[S / align]`` int32: whose every run of `align` slots is, or -1.
+
+    `nobody`: in the map from slots to choices, the number of no choice.
+    """
     routing = _empty(topk_ids, num_experts, align)
     expert_of_block = routing.choice_of_slot_S.new_empty(routing.num_slots // align)
-    _launch(topk_ids, routing, expert_of_block, expert_map, config)
+    _launch(topk_ids, routing, expert_of_block, expert_map, nobody, config)
     return routing, expert_of_block
 
 
@@ -321,6 +326,7 @@ def _launch(
     routing: Routing,
     expert_of_block: Tensor | None,
     expert_map: Tensor | None,
+    nobody: int,
     config: RoutingConfig | None,
 ) -> None:
     """Start one kernel or three."""
@@ -353,6 +359,7 @@ def _launch(
             num_experts,
             num_slots,
             routing.align,
+            nobody,
             HAS_BLOCKS=has_blocks,
             CHOICES=config.choices,
             SAMPLE=config.sample,
@@ -375,6 +382,7 @@ def _launch(
         num_slots,
         num_slots // routing.align if has_blocks else 0,
         config.rounds,
+        nobody,
         IS_CHAINED=config.is_chained,
         CHOICES=config.choices,
         SLOTS=config.slots,

@@ -85,7 +85,7 @@ class RoutingConfig:
     @property
     def padding(self) -> int:
         """Slots behind each of `bins` experts that a program clears at once: as registers allow."""
-        return min(max(4096 // self.bins, 1), 8)
+        return min(max(1024 // self.bins, 1), 8)
 
 
 @dataclass(frozen=True, slots=True)
