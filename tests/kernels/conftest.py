@@ -9,6 +9,9 @@ from torch import Tensor
 
 from octomoe.core.qtensor import QTensor
 
+# Programs, of which one imports the other as Python finds it beside itself.
+collect_ignore = ["offline.py", "offline_sm90.py"]
+
 
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
