@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octomoe.core.device import target_of
 from octomoe.core.routing import Routing, slot_capacity
+from octomoe.kernels.chain import chain_arguments
 from octomoe.tune.configs import RoutingConfig
 from octomoe.tune.lookup import routing_config
 
@@ -371,8 +372,7 @@ def _launch(
         return
     num_blocks = max(triton.cdiv(num_choices, config.block), 1)
     counts = torch.empty((num_blocks + 1, num_experts), dtype=torch.int32, device=offsets.device)
-    # Only NVIDIA's compiler knows the option.
-    chained = {"launch_pdl": True} if config.is_chained else {}
+    chained = chain_arguments(config.is_chained)
     _count_kernel[(num_blocks,)](
         ids,
         counts,

@@ -14,14 +14,13 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octomoe.core.experts import Weight
 from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.layouts import scale_strides
-from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig, PrefillConfig
+from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig
 
 # Of the depth, in a step: scales that change do so here.
 STEP = 128
@@ -73,11 +72,6 @@ def tile_arguments(
     }
 
 
-def chain_arguments(config: FusedMoeConfig | PrefillConfig) -> dict[str, bool]:
-    """How a kernel is launched that waits for its predecessor itself."""
-    return {"launch_pdl": True} if config.is_chained else {}
-
-
 def weight_source(
     w: Weight, parts: int, held: int, tile: ExpertTileConfig, config: FusedMoeConfig
 ) -> Tensor | TensorDescriptor:
@@ -105,20 +99,6 @@ def weight_scale(w: Weight) -> tuple[Tensor, int, int, int]:
         return w, 0, 0, 0
     expert, row, step, _ = scale_strides(w)
     return w.scale, 0 if w.format.block[0] == ALL else expert, row, step
-
-
-@triton.jit
-def _start_dependents(IS_CHAINED: tl.constexpr):
-    """Let the next kernel be launched before this one ends: it waits where it must."""
-    if IS_CHAINED:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _wait_for_predecessor(IS_CHAINED: tl.constexpr):
-    """Wait until all that the kernel before has written can be read."""
-    if IS_CHAINED:
-        gdc_wait()
 
 
 @triton.jit

@@ -18,6 +18,11 @@ from torch import Tensor
 from octomoe.core.experts import ExpertWeights
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
+from octomoe.kernels.chain import (
+    _start_dependents,
+    _wait_for_predecessor,
+    chain_arguments,
+)
 from octomoe.kernels.expert_tiles import (
     STEP,
     _add_bias,
@@ -27,9 +32,6 @@ from octomoe.kernels.expert_tiles import (
     _part_rows,
     _row_scale,
     _scaled,
-    _start_dependents,
-    _wait_for_predecessor,
-    chain_arguments,
     row_scale,
     tile_arguments,
     weight_scale,
@@ -374,7 +376,7 @@ def fused_down(
             config,
             has_row_scale=isinstance(h, QTensor),
         ),
-        **chain_arguments(config),
+        **chain_arguments(config.is_chained),
     )
     return y
 
@@ -405,6 +407,6 @@ def combine(
             IS_CHAINED=config.is_chained,
             num_warps=max(min(columns // 256, 8), 1),
             enable_fp_fusion=False,
-            **chain_arguments(config),
+            **chain_arguments(config.is_chained),
         )
     return out

@@ -305,7 +305,6 @@ def fused_down(
         depth,
         num_columns,
         plan_of(w, experts.w2_bias, config.rows, config.down_stages, config.group),
-        launch_pdl=True,
         **launch_of(config),
     )
     return y

@@ -18,6 +18,11 @@ from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.activations import _activate, nonlinearity_of, width_of
+from octomoe.kernels.chain import (
+    _start_dependents,
+    _wait_for_predecessor,
+    chain_arguments,
+)
 from octomoe.kernels.encoding import _own_amax, _store_own, encoding_of, output_of
 from octomoe.kernels.expert_tiles import (
     STEP,
@@ -28,9 +33,6 @@ from octomoe.kernels.expert_tiles import (
     _part_rows,
     _row_scale,
     _scaled,
-    _start_dependents,
-    _wait_for_predecessor,
-    chain_arguments,
     has_steps,
     row_scale,
     tile_arguments,
@@ -405,7 +407,7 @@ def fused_up(
         SPLITS=tile.splits,
         UNROLL=tile.unroll,
         IS_FINISHED=is_finished,
-        **chain_arguments(config),
+        **chain_arguments(config.is_chained),
         **stored,
         **tile_arguments(
             w,
@@ -429,7 +431,7 @@ def fused_up(
             SPLITS=tile.splits,
             IS_CHAINED=config.is_chained,
             **stored,
-            **chain_arguments(config),
+            **chain_arguments(config.is_chained),
             num_warps=columns // STEP,
         )
     return h

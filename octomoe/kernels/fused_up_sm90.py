@@ -379,7 +379,6 @@ def fused_up(
         encoding_of(h) if isinstance(h, QTensor) else None,
         nonlinearity_of(experts.activation),
         plan_of(w, experts.w13_bias, config.rows, config.up_stages, config.group),
-        launch_pdl=True,
         **launch_of(config),
     )
     return h

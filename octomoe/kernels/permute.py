@@ -17,6 +17,7 @@ from octomoe.core.formats import ALL
 from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
+from octomoe.kernels.chain import chain_arguments
 from octomoe.kernels.layouts import (
     _scale_offset,
     as_bytes,
@@ -218,8 +219,7 @@ def _launch(
         SLOTS=config.slots,
         TILE_SCALES=config.scales,
         num_warps=config.num_warps,
-        # Only NVIDIA's compiler knows the option.
-        **({"launch_pdl": True} if is_chained else {}),
+        **chain_arguments(is_chained),
     )
 
 

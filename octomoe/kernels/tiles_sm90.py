@@ -7,6 +7,7 @@ from torch import Tensor
 from octomoe.core.device import num_sms
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
+from octomoe.kernels.chain import chain_arguments
 from octomoe.kernels.expert_tiles import STEP, has_steps, row_scale, weight_scale
 from octomoe.kernels.gluon_shim import TensorDescriptor, gl, gluon
 from octomoe.tune.configs import PrefillConfig
@@ -106,7 +107,8 @@ def grid_of(config: PrefillConfig, routing: Routing, num_tiles: int) -> tuple[in
 def launch_of(config: PrefillConfig) -> dict[str, Any]:
     """Warps of a group that multiplies, and registers of a thread until roles are taken."""
     num_registers = 168 if config.rows == 128 else 128
-    return {"num_warps": 4, "maxnreg": num_registers, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "maxnreg": num_registers, "enable_fp_fusion": True}
+    return options | chain_arguments(config.is_chained)
 
 
 @gluon.jit
