@@ -24,17 +24,16 @@ from octomoe.kernels.gluon_shim import (
     gl,
     gluon,
     mbarrier,
-    multiply,
-    seen_as,
     tma_load,
     tma_store,
     tma_store_wait,
-    wait_for_product,
 )
 from octomoe.kernels.tiles_sm90 import (
     Sizes,
     _late_scale,
+    _matrix,
     _of_columns,
+    _product,
     _promote,
     _tile_of,
     bytes_by_tma,
@@ -80,15 +79,6 @@ def _bring(h_desc, w_desc, slots, ring, sizes, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def _half_product(h, w, zero, HALF: gl.constexpr):
-    """``h @ w.T`` of a step and 128 of the columns."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, 2)
-    w = seen_as(w, w.dtype, [COLUMNS, WIDTH], layout).slice(HALF * WIDTH, WIDTH, dim=0)
-    product = multiply(h, w.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return wait_for_product(0, deps=[product])
-
-
-@gluon.jit
 def _multiply_tile(
     ring,
     first_count,
@@ -126,11 +116,12 @@ def _multiply_tile(
             next_1 = gl.load(w_scale_ptr + second_scale + ahead * w_stride_step)
         mbarrier.wait(ring.full.index(stage), phase)
         h = ring.h.index(stage).slice(NUMBER * 64, 64, dim=0)
-        w = ring.w.index(stage)
-        first = _promote(_half_product(h, w, zero, 0), scale_0[:, None], first)
+        w = _matrix(ring.w.index(stage), COLUMNS)
+        product = _product(h, w.slice(0, WIDTH, dim=0), zero)
+        first = _promote(product, scale_0[:, None], first)
         # A wait between the products: the registers of one of them serve both.
         mbarrier.wait(ring.full.index(stage), phase)
-        product = _half_product(h, w, zero, 1)
+        product = _product(h, w.slice(WIDTH, WIDTH, dim=0), zero)
         mbarrier.arrive(ring.empty.index(stage))
         second = _promote(product, scale_1[:, None], second)
     return first, second

@@ -28,19 +28,18 @@ from octomoe.kernels.gluon_shim import (
     gl,
     gluon,
     mbarrier,
-    multiply,
     rows_arrive,
-    seen_as,
     tma_load,
     tma_store,
     tma_store_wait,
-    wait_for_product,
 )
 from octomoe.kernels.scaling import _encode_own, _magnitude_bits, _scale_of_amax
 from octomoe.kernels.tiles_sm90 import (
     Sizes,
     _late_scale,
+    _matrix,
     _of_columns,
+    _product,
     _promote,
     _tile_of,
     bytes_by_tma,
@@ -114,15 +113,6 @@ def _bring_weights(w_desc, slots, ring, sizes, PARTS: gl.constexpr, PLAN: gl.con
 
 
 @gluon.jit
-def _product(x, w, zero):
-    """``x @ w.T`` of a step, of which one is under way at a time."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, 2)
-    w = seen_as(w, w.dtype, [WIDTH, WIDTH], layout)
-    product = multiply(x, w.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return wait_for_product(0, deps=[product])
-
-
-@gluon.jit
 def _multiply_tile(
     ring,
     first_count,
@@ -163,12 +153,12 @@ def _multiply_tile(
         # The rows were not brought by TMA.
         fence_async_shared()
         x = ring.x.index(stage).slice(NUMBER * 64, 64, dim=0)
-        product = _product(x, ring.gate.index(stage), zero)
+        product = _product(x, _matrix(ring.gate.index(stage), WIDTH), zero)
         if PARTS == 2:
             gate = _promote(product, gate_scale[:, None], gate)
             # A wait between the products: the registers of one of them serve both.
             mbarrier.wait(ring.full_up.index(stage), phase)
-            product = _product(x, ring.up.index(stage), zero)
+            product = _product(x, _matrix(ring.up.index(stage), WIDTH), zero)
             mbarrier.arrive(ring.empty.index(stage))
             up = _promote(product, up_scale[:, None], up)
         else:

@@ -9,7 +9,14 @@ from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.chain import chain_arguments
 from octomoe.kernels.expert_tiles import STEP, has_steps, row_scale, weight_scale
-from octomoe.kernels.gluon_shim import TensorDescriptor, gl, gluon
+from octomoe.kernels.gluon_shim import (
+    TensorDescriptor,
+    gl,
+    gluon,
+    multiply,
+    seen_as,
+    wait_for_product,
+)
 from octomoe.tune.configs import PrefillConfig
 
 
@@ -121,6 +128,20 @@ def _tile_of(number, num_blocks, num_columns, GROUP: gl.constexpr):
     size = gl.minimum(num_blocks - first, GROUP)
     rest = number % (GROUP * num_columns)
     return first + rest % size, rest // size
+
+
+@gluon.jit
+def _product(x, w, zero):
+    """``x @ w.T`` of a step, of which one is under way at a time."""
+    product = multiply(x, w.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return wait_for_product(0, deps=[product])
+
+
+@gluon.jit
+def _matrix(w, ROWS: gl.constexpr):
+    """A step of an expert's weights ``[1, ROWS, STEP]`` in shared memory, as a matrix."""
+    depth: gl.constexpr = w.shape[2]
+    return seen_as(w, w.dtype, [ROWS, depth], gl.NVMMASharedLayout(depth, 8, 2))
 
 
 @gluon.jit
