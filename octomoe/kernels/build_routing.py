@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octomoe.core.device import target_of
 from octomoe.core.routing import Routing, slot_capacity
-from octomoe.kernels.chain import chain_arguments
+from octomoe.kernels.chain import _start_dependents, chain_arguments
 from octomoe.tune.configs import RoutingConfig
 from octomoe.tune.lookup import routing_config
 
@@ -76,6 +76,7 @@ def _route_kernel(
     nobody,
     HAS_MAP: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
     CHOICES: tl.constexpr,
     SAMPLE: tl.constexpr,
     BINS: tl.constexpr,
@@ -83,6 +84,7 @@ def _route_kernel(
     SLOTS: tl.constexpr,
 ):
     """All of it: a program places the choices of its block."""
+    _start_dependents(IS_CHAINED)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     first = program.to(tl.int64) * CHOICES
     choice = first + tl.arange(0, CHOICES)
@@ -233,6 +235,7 @@ def _place_kernel(
     BINS: tl.constexpr,
 ):
     """Turn ranks in blocks into slots, CHOICES of a block at once."""
+    _start_dependents(IS_CHAINED)
     program, num_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     end = tl.minimum((program + 1) * block_size, num_choices)
     first_choice = program * block_size + tl.arange(0, CHOICES)
@@ -362,6 +365,7 @@ def _launch(
             routing.align,
             nobody,
             HAS_BLOCKS=has_blocks,
+            IS_CHAINED=config.is_chained,
             CHOICES=config.choices,
             SAMPLE=config.sample,
             PADDING=config.padding,

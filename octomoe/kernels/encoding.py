@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octomoe.core.formats import ALL, Format
-from octomoe.core.layouts import ScaleLayout
+from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.layouts import _scale_offset, as_bytes, empty_scale, scale_strides
 from octomoe.kernels.scaling import (
@@ -76,9 +76,14 @@ def empty_quantized(
 
 def encoding_of(q: QTensor) -> Encoding:
     """How to encode as `q` is."""
-    experts, rows, columns = (max(size, 0) for size in q.format.block)
-    is_interleaved = q.layout == ScaleLayout.INTERLEAVED
-    return Encoding(experts, rows, columns, is_interleaved, **scaling_arguments(q.format))
+    return format_encoding(q.format, q.layout)
+
+
+def format_encoding(format: Format, layout: ScaleLayout = COMPACT) -> Encoding:
+    """How to encode in a format."""
+    experts, rows, columns = (max(size, 0) for size in format.block)
+    is_interleaved = layout == ScaleLayout.INTERLEAVED
+    return Encoding(experts, rows, columns, is_interleaved, **scaling_arguments(format))
 
 
 def output_of(q: QTensor) -> Output:

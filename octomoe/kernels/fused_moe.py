@@ -33,6 +33,7 @@ from octomoe.kernels.quantize import quantize
 from octomoe.kernels.unpermute import unpermute
 from octomoe.tune.configs import FusedMoeConfig
 from octomoe.tune.fused_moe import fused_moe_config
+from octomoe.tune.tables import scales_of, table_config
 
 
 def fused_moe(
@@ -68,7 +69,7 @@ def fused_moe(
         x = hidden_states.contiguous()
     else:
         scale = static_scale(experts.w13_input_scale, activation_format)
-        x = quantize(hidden_states, activation_format, scale=scale)
+        x = quantize(hidden_states, activation_format, scale=scale, is_chained=config.is_chained)
     return experts_forward(
         x,
         experts,
@@ -105,17 +106,21 @@ def has_steps_only(w: Weight) -> bool:
 def config_of(
     hidden_states: Tensor, experts: ExpertWeights, num_choices: int, format: Format | None
 ) -> FusedMoeConfig:
-    """What a layer runs with if nothing else is asked for."""
+    """What a layer runs with if nothing else is asked for: as a table says, or a heuristic."""
+    target = target_of(hidden_states.device)
     weights = [w.data if isinstance(w, QTensor) else w for w in (experts.w13, experts.w2)]
-    config = fused_moe_config(
-        hidden_states.shape[0],
-        num_choices,
-        experts.num_experts,
-        experts.w2.shape[2],
+    num_tokens, depth = hidden_states.shape
+    sizes = (num_tokens, num_choices, experts.num_experts, experts.intermediate_size)
+    weight_bytes = max(w.dtype.itemsize for w in weights)
+    config: Any = None
+    if weight_bytes == 1:
+        config = table_config(*sizes, depth, scales_of(format), target, kinds=("portable",))
+    config = config or fused_moe_config(
+        *sizes,
         has_steps=has_steps(format),
         row_bytes=hidden_states.dtype.itemsize if format is None else 1,
-        weight_bytes=max(w.dtype.itemsize for w in weights),
-        target=target_of(hidden_states.device),
+        weight_bytes=weight_bytes,
+        target=target,
     )
     # TMA wants rows and the first of them at multiples of 16 bytes.
     places = [place for w in weights for place in (w.shape[2] * w.itemsize, w.data_ptr())]

@@ -1,11 +1,12 @@
-"""A layer of experts on Hopper: many rows by warp-specialised kernels, few by the portable ones.
+"""A layer of experts on Hopper: which kernels run it, and those for many rows in 8 bits.
 
     h[s]   = quantize(act(x[token of s] @ w13[e].T + b13[e]))     fused_up_sm90
     y[s]   = h[s] @ w2[e].T + b2[e]                               fused_down_sm90
     out[t] = factor * sum over a of weight[t, a] * y[slot of (t, a)]
 
-Where an expert has few rows, both are bound by the bytes of weights, and the kernels of
-`octomoe.kernels.fused_moe` are faster.
+Few rows per expert have kernels that quantise on their way (`decode_moe_sm90`); where operands meet
+in bf16, `fused_moe_wide_sm90` serves many rows. For what is left the kernels for any device, in
+`octomoe.kernels.fused_moe`, are faster.
 """
 
 import torch
@@ -16,15 +17,19 @@ from octomoe.core.experts import ExpertWeights, Weight, static_scale
 from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
+from octomoe.kernels import decode_moe_sm90 as decode
 from octomoe.kernels import fused_moe as portable
+from octomoe.kernels import fused_moe_wide_sm90 as wide
 from octomoe.kernels.build_routing import build_blocks
 from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.fused_down import combine
 from octomoe.kernels.fused_down_sm90 import fused_down
 from octomoe.kernels.fused_up_sm90 import fused_up
 from octomoe.kernels.quantize import quantize
-from octomoe.tune.configs import PrefillConfig
-from octomoe.tune.fused_moe import prefill_config
+from octomoe.tune.configs import DecodeConfig, PrefillConfig
+from octomoe.tune.fused_moe import decode_config, prefill_config, wide_config
+from octomoe.tune.kinds import Config
+from octomoe.tune.tables import scales_of, table_config
 
 # Places in rows and slots are 32-bit numbers here.
 _MAX_ELEMENTS = 2**31
@@ -40,33 +45,82 @@ def fused_moe(
     routed_scaling_factor: float = 1.0,
     apply_router_weight_on_input: bool = False,
     expert_map: Tensor | None = None,
-    config: PrefillConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """``[T, D] -> [T, D]``; see `octomoe.fused_moe`."""
-    num_tokens, num_choices = topk_ids.shape
-    target = target_of(hidden_states.device)
-    config = config or prefill_config(num_tokens, num_choices, experts.num_experts, target)
-    if config is None:
-        return portable.fused_moe(
-            hidden_states,
-            experts,
-            topk_weights,
-            topk_ids,
-            activation_format=activation_format,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_map=expert_map,
-        )
-    routing, expert_of_block = build_blocks(
-        topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
+    num_choices = topk_ids.shape[1]
+    config = config or choose(hidden_states, experts, num_choices, activation_format)
+    arguments = (hidden_states, experts, topk_weights, topk_ids)
+    match config:
+        case DecodeConfig():
+            assert activation_format is not None
+            return decode.fused_moe(
+                *arguments,
+                activation_format=activation_format,
+                routed_scaling_factor=routed_scaling_factor,
+                expert_map=expert_map,
+                config=config,
+            )
+        case PrefillConfig():
+            run = _prefill if meets_in_8_bits(experts, activation_format) else wide.fused_moe
+            return run(
+                *arguments,
+                activation_format=activation_format,
+                routed_scaling_factor=routed_scaling_factor,
+                expert_map=expert_map,
+                config=config,
+            )
+    return portable.fused_moe(
+        *arguments,
+        activation_format=activation_format,
+        routed_scaling_factor=routed_scaling_factor,
+        expert_map=expert_map,
+        config=config,
     )
+
+
+def choose(
+    hidden_states: Tensor, experts: ExpertWeights, num_choices: int, format: Format | None
+) -> Config | None:
+    """What a layer runs with that these kernels can do: as a table says, or else a heuristic.
+
+    None: the kernels for any device, as they see fit.
+    """
+    num_tokens, depth = hidden_states.shape
+    num_experts, width = experts.num_experts, experts.intermediate_size
+    target = target_of(hidden_states.device)
+    sizes = (num_tokens, num_choices, num_experts)
+    if not meets_in_8_bits(experts, format):
+        return wide_config(*sizes, target, has_room=wide.has_room(experts))
+    assert format is not None
+    can_decode = decode.why_not(experts, num_choices, format) is None
+    kinds = ("portable", "prefill", "decode") if can_decode else ("portable", "prefill")
+    tuned = table_config(*sizes, width, depth, scales_of(format), target, kinds=kinds)
+    if tuned is not None:
+        return tuned
+    few = decode_config(*sizes, width, depth, target) if can_decode else None
+    return few or prefill_config(*sizes, target)
+
+
+def _prefill(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation_format: Format | None,
+    routed_scaling_factor: float,
+    expert_map: Tensor | None,
+    config: PrefillConfig,
+) -> Tensor:
+    routed = build_blocks(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
     assert activation_format is not None
     scale = static_scale(experts.w13_input_scale, activation_format)
     return experts_forward(
-        quantize(hidden_states, activation_format, scale=scale),
+        quantize(hidden_states, activation_format, scale=scale, is_chained=config.is_chained),
         experts,
         topk_weights,
-        routing,
-        expert_of_block,
+        *routed,
         out_dtype=hidden_states.dtype,
         routed_scaling_factor=routed_scaling_factor,
         config=config,
@@ -84,7 +138,7 @@ def experts_forward(
     routed_scaling_factor: float,
     config: PrefillConfig,
 ) -> Tensor:
-    """What follows quantisation and routing: ``x [T, D] -> [T, D]``.
+    """What follows quantisation and routing, for many rows: ``x [T, D] -> [T, D]``.
 
     Slots of an expert start at multiples of ``config.rows``.
     """
@@ -104,21 +158,35 @@ def why_not(
 ) -> str | None:
     """What keeps these kernels from a layer, whatever the number of rows; None if nothing does."""
     num_tokens, depth = hidden_states.shape
-    width = experts.w2.shape[2]
+    width = experts.intermediate_size
+    if hidden_states.dtype != torch.bfloat16:
+        return f"hidden states are {hidden_states.dtype}, not bfloat16"
+    if is_weighted_first:
+        return "rows are weighted before the experts"
+    # TMA wants rows at multiples of 16 bytes.
+    if depth % 16 or width % 16:
+        return f"sizes {depth} and {width} are no multiples of 16"
+    if num_tokens * max(depth, num_choices * width) >= _MAX_ELEMENTS:
+        return "places in rows do not fit 32 bits"
+    reason = _why_not_8_bits(experts, format)
+    return None if reason is None or wide.why_not(experts, format) is None else reason
+
+
+def meets_in_8_bits(experts: ExpertWeights, format: Format | None) -> bool:
+    """Whether tensor cores get both operands in 8 bits."""
+    return _why_not_8_bits(experts, format) is None
+
+
+def _why_not_8_bits(experts: ExpertWeights, format: Format | None) -> str | None:
+    """What keeps the operands from meeting in 8 bits."""
     steps = has_steps(format)
     if format is None or not _is_known(format):
         return "activations are not E4M3 with float32 scales"
     if not all(_has_tiles(w, steps) for w in (experts.w13, experts.w2)):
         return "weights are not E4M3 with float32 scales of rows, or of 128 x 128 blocks, in place"
-    if hidden_states.dtype != torch.bfloat16:
-        return f"hidden states are {hidden_states.dtype}, not bfloat16"
-    if is_weighted_first:
-        return "rows are weighted before the experts"
-    # TMA wants rows at multiples of 16 bytes; in a tile of w13, scales of a step are one.
-    if depth % 16 or width % (STEP if steps else 16):
-        return f"sizes {depth} and {width} are no multiples of 16 and {STEP if steps else 16}"
-    if num_tokens * max(depth, num_choices * width) >= _MAX_ELEMENTS:
-        return "places in rows do not fit 32 bits"
+    # In a tile of w13, scales of a step are one.
+    if steps and experts.intermediate_size % STEP:
+        return f"a width of {experts.intermediate_size} is no multiple of {STEP}"
     return None
 
 

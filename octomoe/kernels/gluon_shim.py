@@ -23,6 +23,7 @@ __all__ = [
     "multiply",
     "rows_arrive",
     "seen_as",
+    "synchronize",
     "tma_load",
     "tma_store",
     "tma_store_wait",
@@ -34,6 +35,9 @@ fence_async_shared = hopper.fence_async_shared
 multiply, wait_for_product = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 rows_arrive = ampere.async_copy.mbarrier_arrive
 tma_store_wait = hopper.tma.store_wait
+
+# Threads of a program, or of its part that runs this, wait for each other.
+synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
 if _VERSION >= (3, 8):

@@ -17,6 +17,7 @@ from octomoe.core.device import num_sms
 from octomoe.core.formats import Format
 from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.core.qtensor import QTensor
+from octomoe.kernels.chain import _wait_for_predecessor, chain_arguments
 from octomoe.kernels.encoding import (
     _columns,
     _own_amax,
@@ -83,8 +84,12 @@ def _quantize_tile_kernel(
     ENCODING: tl.constexpr,
     SECOND_ENCODING: tl.constexpr,
     NEIGHBORS: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
-    """Encode tiles that hold whole scale blocks; `second_out` may be None, and so may the seed."""
+    """Encode tiles that hold whole scale blocks; `second_out` may be None, and so may the seed.
+
+    Chained, it ends when the kernel before has ended, too: what comes next waits for this one only.
+    """
     tile_row, tile_column = _tile(num_columns, TILE_COLUMNS)
     expert = tl.program_id(1).to(tl.int64)
     x, _ = _load_tile(
@@ -141,6 +146,7 @@ def _quantize_tile_kernel(
             SECOND_ENCODING,
             NEIGHBORS,
         )
+    _wait_for_predecessor(IS_CHAINED)
 
 
 @triton.jit
@@ -247,8 +253,12 @@ def quantize(
     scale: Tensor | None = None,
     seed: Tensor | None = None,
     config: TileConfig | None = None,
+    is_chained: bool = False,
 ) -> QTensor:
-    """Quantise ``[rows, columns]`` or ``[experts, rows, columns]``; see `octomoe.quantize`."""
+    """Quantise ``[rows, columns]`` or ``[experts, rows, columns]``; see `octomoe.quantize`.
+
+    `is_chained`: it may run beside the kernel before, which does not make x, and end after it.
+    """
     shape = tuple(x.shape)
     q = empty_quantized(shape, format, layout, x.device)
     if q.scale.numel() == 0:
@@ -258,7 +268,7 @@ def quantize(
     )
     given = amax if scale is None else scale
     if given is None and fits_tile(format, config, shape[-1]):
-        quantize_tiles(x, q, None, seed, config)
+        quantize_tiles(x, q, None, seed, config, is_chained=is_chained)
         return q
     own = None
     if given is None or not format.element.has_nan:
@@ -284,7 +294,13 @@ def quantize(
 
 
 def quantize_tiles(
-    x: Tensor, q: QTensor, second: QTensor | None, seed: Tensor | None, config: TileConfig
+    x: Tensor,
+    q: QTensor,
+    second: QTensor | None,
+    seed: Tensor | None,
+    config: TileConfig,
+    *,
+    is_chained: bool = False,
 ) -> None:
     """Write one or two values of x whose scale blocks lie in one tile each."""
     _quantize_tile_kernel[_grid(x, config)](
@@ -295,8 +311,10 @@ def quantize_tiles(
         **tile_arguments(q, second),
         TILE_ROWS=config.rows,
         TILE_COLUMNS=config.columns,
+        IS_CHAINED=is_chained,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **chain_arguments(is_chained),
     )
 
 

@@ -225,3 +225,32 @@ class PrefillConfig:
     def resident(self) -> int:
         """Programs that a multiprocessor holds."""
         return 128 // self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How Hopper's kernels for few rows run.
+
+    Attributes:
+        rows: slots of a tile: 8 or 16.
+        columns: rows of w2 of a tile, 128 or 256.
+        splits: parts of the depth of w13, each a tile's.
+        up_stages, down_stages: steps along the depth that lie in shared memory at once.
+        group: of these steps, whose weights are asked for together.
+        resident: programs that a multiprocessor is to hold.
+        combined: columns that a program of the combine sums.
+        is_encoded: rows are quantised by a kernel before, not on their way.
+        is_sorted: a routing is built before; otherwise every program sorts the choices, if these
+            are no more than 128.
+    """
+
+    rows: int = 8
+    columns: int = 128
+    splits: int = 1
+    up_stages: int = 5
+    down_stages: int = 5
+    group: int = 2
+    resident: int = 2
+    combined: int = 256
+    is_encoded: bool = False
+    is_sorted: bool = False

@@ -5,7 +5,7 @@ from math import ceil, floor
 from typing import Final
 
 from octomoe.core.device import Target
-from octomoe.tune.configs import ExpertTileConfig, FusedMoeConfig, PrefillConfig
+from octomoe.tune.configs import DecodeConfig, ExpertTileConfig, FusedMoeConfig, PrefillConfig
 
 # Rows of an expert up to which a tile has 16 and 32 slots, and up to which it has 64 in any case.
 _FEW, _SOME, _MANY = 12, 24, 64
@@ -18,6 +18,17 @@ PREFILL_CONFIGS: Final = (
     PrefillConfig(64, up_stages=2, down_stages=2),
     PrefillConfig(128, up_stages=4, down_stages=3),
 )
+# The same for operands that meet in bf16.
+_WIDE_FEW, _WIDE_MANY = 24, 200
+WIDE_CONFIGS: Final = (
+    PrefillConfig(64, up_stages=4, down_stages=4),
+    PrefillConfig(128, up_stages=3, down_stages=3),
+)
+# Rows of an expert up to which Hopper's kernels for few rows are faster, also if it is narrow, and
+# up to which a tile of theirs has 8 rows.
+_DECODE, _DECODE_NARROW, _DECODE_FEW = 2.25, 12, 4
+# Choices that programs sort by themselves, and programs that keep memory busy.
+_SORTED, _BUSY = 32, 80
 # What each doubling of the parts of a depth costs: their sums are written and read.
 _COST = 1.3
 # The longest depth of the down-projection whose rows fit beside its weights, and the longest for
@@ -98,6 +109,55 @@ def prefill_config(
     if target.arch != 90 or rows < _PREFILL:
         return None
     return PREFILL_CONFIGS[rows >= _WIDE]
+
+
+def wide_config(
+    num_tokens: int, num_choices: int, num_experts: int, target: Target, *, has_room: bool
+) -> PrefillConfig | None:
+    """The same for operands that meet in bf16; `has_room`: registers hold a tile of 128.
+
+    >>> wide_config(512, 8, 128, Target("NVIDIA H200", arch=90, sms=132), has_room=True).rows
+    64
+    """
+    rows = num_tokens * num_choices / max(num_experts, 1)
+    if target.arch != 90 or rows < _WIDE_FEW:
+        return None
+    return WIDE_CONFIGS[rows >= _WIDE_MANY and has_room]
+
+
+def decode_config(
+    num_tokens: int, num_choices: int, num_experts: int, width: int, depth: int, target: Target
+) -> DecodeConfig | None:
+    """How Hopper's kernels for few rows run; None where an expert has too many for them.
+
+    `width`, `depth`: F and D.
+
+    >>> h200 = Target("NVIDIA H200", arch=90, sms=132)
+    >>> decode_config(1, 10, 512, 128, 2048, h200).splits
+    4
+    >>> decode_config(32, 8, 128, 384, 4096, h200).is_sorted
+    True
+    """
+    choices = num_tokens * num_choices
+    rows = choices / max(num_experts, 1)
+    most = _DECODE_NARROW if width <= 128 else _DECODE
+    if target.arch != 90 or choices == 0 or rows > most:
+        return None
+    if choices > _SORTED:
+        few = rows <= _DECODE_FEW
+        return DecodeConfig(
+            8 if few else 16,
+            256,
+            up_stages=6 if few else 5,
+            down_stages=3,
+            combined=_combined(num_tokens),
+            is_encoded=True,
+            is_sorted=True,
+        )
+    splits = 1
+    while splits < 8 and choices * ceil(width / 64) * splits < _BUSY and depth >= 512 * splits:
+        splits *= 2
+    return DecodeConfig(8, 128, splits, up_stages=4, down_stages=2, combined=128)
 
 
 def _legal(

@@ -285,7 +285,14 @@ def routing_config(
     counts = num_choices * max(num_experts, 256)
     if counts <= _SINGLE_COUNTS and num_slots <= _SINGLE_SLOTS:
         sample = min(max(_power_of_two(num_choices), _CHOICES), 512)
-        return RoutingConfig(_CHOICES, bins, is_single=True, sample=sample, num_warps=num_warps)
+        return RoutingConfig(
+            _CHOICES,
+            bins,
+            is_single=True,
+            sample=sample,
+            num_warps=num_warps,
+            is_chained=target.arch >= 90,
+        )
     # Few blocks keep the sums short; blocks of half as many choices as experts keep the counts
     # small: two for each choice.
     block = max(-(-num_choices // _MAX_BLOCKS), min(num_experts // 2, num_choices), 1)

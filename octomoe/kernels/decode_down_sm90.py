@@ -1,0 +1,381 @@
+"""The second half of a layer of experts on Hopper, for few rows: y = h @ w2.T.
+
+A tile is 128 or 256 rows of weights times 8 to 32 slots. h comes in float32, or as sums over parts
+of the depth, and is activated and quantised on its way in. Weights are on their way before there is
+an h. Bound by the bytes of w2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from octomoe.core.device import num_sms
+from octomoe.core.experts import ExpertWeights
+from octomoe.core.formats import Format
+from octomoe.core.qtensor import QTensor
+from octomoe.kernels.activations import _activate, nonlinearity_of
+from octomoe.kernels.decode_choices_sm90 import (
+    Ids,
+    Tables,
+    _allocate_places,
+    _choices_of,
+    _expert_of,
+    _sort_choices,
+)
+from octomoe.kernels.decode_tiles_sm90 import (
+    PER_ROW,
+    STATIC,
+    WIDTH,
+    Plan,
+    Sizes,
+    _allocate_ring,
+    _bring_step,
+    _encode_step,
+    _of_rows,
+    _own_scale,
+    _product,
+    _put_step,
+    _step_scales,
+    _wait_for_room,
+    launch_of,
+    scale_rows,
+    source_of,
+)
+from octomoe.kernels.encoding import format_encoding
+from octomoe.kernels.expert_tiles import STEP, has_steps
+from octomoe.kernels.gluon_shim import TensorDescriptor, gl, gluon, mbarrier, seen_as
+from octomoe.kernels.scaling import _magnitude_bits
+from octomoe.kernels.tiles_sm90 import scales_of
+from octomoe.tune.configs import DecodeConfig
+
+
+class Sums(NamedTuple):
+    """h, or sums over parts of the depth; what lies between rows and parts; pairs of parts; the
+    static scale of what h is quantised to, if it has one."""
+
+    data: Tensor
+    stride_row: int
+    stride_split: int
+    num_pairs: int
+    scale: Tensor
+
+
+@gluon.jit
+def _share(total):
+    """The first and last of this program's tiles, which are neighbours: rows stay in L1."""
+    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    return total * program // num_programs, total * (program + 1) // num_programs
+
+
+@gluon.jit
+def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
+    """Bring a tile's weights, a few steps of the depth at a time."""
+    GROUP: gl.constexpr = PLAN.GROUP
+    count = 0
+    first, last = _share(sizes.total)
+    block = gl.minimum(first, sizes.total - 1) // sizes.tiles
+    next_expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS)
+    for number in range(first, last):
+        expert = next_expert
+        block = gl.minimum(number + 1, sizes.total - 1) // sizes.tiles
+        next_expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS)
+        row = number % sizes.tiles * PLAN.COLUMNS
+        for step in range(0, sizes.steps, GROUP):
+            # Steps of a row are neighbours in memory, and are asked for together.
+            for i in gl.static_range(GROUP):
+                if step + i < sizes.steps:
+                    _wait_for_room(ring, count + i, PLAN)
+            for i in gl.static_range(GROUP):
+                if step + i < sizes.steps:
+                    place = [expert, row, (step + i) * WIDTH]
+                    _bring_step(w_desc, place, ring, count + i, PLAN)
+            count += gl.minimum(sizes.steps - step, GROUP)
+
+
+@gluon.jit
+def _load_h(ptrs, is_row, column, sizes, h, ACTIVATION: gl.constexpr, PLAN: gl.constexpr):
+    """A step of h: as it is stored, or the activation of sums over parts of the depth."""
+    mask = is_row[:, None] & (column < sizes.depth)[None, :]
+    KIND: gl.constexpr = ACTIVATION.KIND
+    ptrs += column[None, :]
+    if PLAN.SPLITS == 1:
+        value = gl.load(ptrs, mask=mask, other=0.0)
+    else:
+        SLOTS: gl.constexpr = PLAN.ROWS
+        layout: gl.constexpr = mask.type.layout
+        gate = gl.zeros((SLOTS, WIDTH), gl.float32, layout)
+        up = gate
+        # In their order, two at a time: more would fill the registers.
+        for _pair in range(h.num_pairs):
+            gate += gl.load(ptrs, mask=mask, other=0.0)
+            gate += gl.load(ptrs + h.stride_split, mask=mask, other=0.0)
+            if ACTIVATION.IS_GATED:
+                up_ptrs = ptrs + sizes.depth
+                up += gl.load(up_ptrs, mask=mask, other=0.0)
+                up += gl.load(up_ptrs + h.stride_split, mask=mask, other=0.0)
+            ptrs += 2 * h.stride_split
+        value = _activate(
+            gate,
+            up,
+            ACTIVATION.IS_GATED,
+            KIND,
+            ACTIVATION.ALPHA,
+            ACTIVATION.CLAMP,
+            ACTIVATION.IS_OUTPUT_CLAMPED,
+            ACTIVATION.UP_OFFSET,
+        )
+        value = gl.where(mask, value, 0.0)
+    return value
+
+
+@gluon.jit
+def _encode_rows(
+    h,
+    w,
+    places,
+    ring,
+    sizes,
+    ENCODING: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PLAN: gl.constexpr,
+):
+    """Bring the rows of a tile's slots, a step of the depth at a time."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    SLOTS: gl.constexpr = PLAN.ROWS
+    SCALE_ROWS: gl.constexpr = max(PLAN.SCALE_ROWS, 1)
+    count = 0
+    first, last = _share(sizes.total)
+    gdc_wait()
+    for number in range(first, last):
+        block = number // sizes.tiles
+        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, row_layout)
+        is_row = choice >= 0
+        ptrs = h.data + gl.maximum(choice, 0).to(gl.int64)[:, None] * h.stride_row
+        # As many pointers as rows: what all threads agree on goes to registers that wait for it.
+        scale_ptr_0 = w.scale + choice * 0
+        scale_ptr_1 = scale_ptr_0
+        if PLAN.HAS_STEP_SCALE:
+            expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS)
+            scale_ptr_0 += expert.to(gl.int64) * w.stride_expert
+            # Past the last row there is no scale: the second half may lie there.
+            first_row = number % sizes.tiles * PLAN.COLUMNS
+            second_row = gl.minimum(first_row + WIDTH, sizes.columns - 1)
+            scale_ptr_1 = scale_ptr_0 + second_row // SCALE_ROWS * w.stride_row
+            scale_ptr_0 += first_row // SCALE_ROWS * w.stride_row
+        scale = gl.full((SLOTS,), 1.0, gl.float32, row_layout)
+        scale_0 = scale
+        scale_1 = scale
+        if PLAN.SOURCE == STATIC:
+            scale = scale * gl.load(h.scale)
+        if PLAN.SOURCE == PER_ROW:
+            amax = gl.zeros((SLOTS,), gl.int32, row_layout)
+            for step in range(sizes.steps):
+                value = _load_h(ptrs, is_row, step * WIDTH + column, sizes, h, ACTIVATION, PLAN)
+                amax = gl.maximum(amax, gl.max(_magnitude_bits(value), axis=1))
+            scale = _own_scale(amax, ENCODING)
+        for step in range(sizes.steps):
+            if PLAN.HAS_STEP_SCALE:
+                scale_0 = gl.load(scale_ptr_0 + step * w.stride_step)
+                scale_1 = gl.load(scale_ptr_1 + step * w.stride_step)
+            value = _load_h(ptrs, is_row, step * WIDTH + column, sizes, h, ACTIVATION, PLAN)
+            encoded, row_scale = _encode_step(value, scale, PLAN.SOURCE, ENCODING)
+            _put_step(ring, count, encoded, row_scale, scale_0, scale_1, PLAN)
+            count += 1
+
+
+@gluon.jit
+def _halves(product):
+    """A product's first and last 128 weight rows; both are the same where there are only 128."""
+    if product.shape[0] == 2 * WIDTH:
+        SLOTS: gl.constexpr = product.shape[1]
+        first, second = product.reshape([2, WIDTH, SLOTS]).permute((1, 2, 0)).split()
+    else:
+        first = product
+        second = product
+    return first, second
+
+
+@gluon.jit
+def _store_rows(
+    y, scale, bias_ptr, w_scale_ptr, y_ptr, choice, first_row, sizes, PLAN: gl.constexpr
+):
+    """Scale 128 weight rows' products, where scales do not change by the step; add biases; store.
+
+    `choice`: of slots.
+    """
+    layout: gl.constexpr = y.type.layout
+    row = first_row + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, layout))
+    if not PLAN.HAS_STEP_SCALE:
+        if PLAN.SCALE_ROWS == 0:
+            y = y * (scale * gl.load(w_scale_ptr))[None, :]
+        else:
+            y = y * (_of_rows(w_scale_ptr, row, sizes.columns, 0.0) * scale[None, :])
+    if PLAN.HAS_BIAS:
+        y += _of_rows(bias_ptr, row, sizes.columns, 0.0)
+    # Neighbouring columns of y are a thread's.
+    stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 4], [0, 1])
+    y = gl.convert_layout(y, stored).to(y_ptr.dtype.element_ty)
+    choice = gl.convert_layout(choice, gl.SliceLayout(0, stored))
+    row = first_row + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, stored))
+    is_inside = (choice >= 0)[None, :] & (row < sizes.columns)[:, None]
+    place = gl.maximum(choice, 0).to(gl.int64)[None, :] * sizes.columns
+    gl.store(y_ptr + place + row[:, None], y, mask=is_inside)
+
+
+@gluon.jit
+def _compute(h, w, y_ptr, places, ring, sizes, PLAN: gl.constexpr):
+    """Multiply, scale and store."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.ROWS, 32])
+    flat: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, 2)
+    COLUMNS: gl.constexpr = PLAN.COLUMNS
+    SLOTS: gl.constexpr = PLAN.ROWS
+    zero = gl.zeros((COLUMNS, SLOTS), gl.float32, mma)
+    nothing = _halves(zero)[0]
+    slot_layout: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
+    one = gl.full((SLOTS,), 1.0, gl.float32, slot_layout)
+    count = 0
+    first, last = _share(sizes.total)
+    for number in range(first, last):
+        block = number // sizes.tiles
+        y_0 = nothing
+        y_1 = nothing
+        scale = one
+        for _step in range(sizes.steps):
+            stage = count % PLAN.STAGES
+            phase = (count // PLAN.STAGES) & 1
+            mbarrier.wait(ring.full_x.index(stage), phase)
+            mbarrier.wait(ring.full.index(stage), phase)
+            matrix = seen_as(ring.w.index(stage), ring.w.dtype, [PLAN.COLUMNS, WIDTH], flat)
+            part_0, part_1 = _halves(_product(matrix, ring.x.index(stage), zero))
+            if PLAN.HAS_STEP_SCALE:
+                scale_0, scale_1 = _step_scales(ring, stage, slot_layout)
+                y_0 += part_0 * scale_0
+                if PLAN.COLUMNS > WIDTH:
+                    y_1 += part_1 * scale_1
+            else:
+                if PLAN.SOURCE == PER_ROW:
+                    scale = ring.scale.index(stage * 3).load(slot_layout)
+                y_0 += part_0
+                if PLAN.COLUMNS > WIDTH:
+                    y_1 += part_1
+            mbarrier.arrive(ring.empty.index(stage))
+            count += 1
+        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, slot_layout)
+        w_scale_ptr = w.scale
+        bias_ptr = w.bias
+        if PLAN.HAS_BIAS or not PLAN.HAS_STEP_SCALE:
+            expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS).to(gl.int64)
+            bias_ptr += expert * sizes.columns
+            w_scale_ptr += expert * w.stride_expert
+        if PLAN.SOURCE == STATIC:
+            scale = one * gl.load(h.scale)
+        first_row = number % sizes.tiles * PLAN.COLUMNS
+        _store_rows(y_0, scale, bias_ptr, w_scale_ptr, y_ptr, choice, first_row, sizes, PLAN)
+        if PLAN.COLUMNS > WIDTH:
+            first_row += WIDTH
+            _store_rows(y_1, scale, bias_ptr, w_scale_ptr, y_ptr, choice, first_row, sizes, PLAN)
+
+
+@gluon.jit
+def _decode_down_kernel(
+    w_desc,
+    h,
+    w,
+    y_ptr,
+    ids,
+    tables,
+    num_tokens,
+    num_experts,
+    depth,
+    num_columns,
+    ENCODING: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PLAN: gl.constexpr,
+):
+    gdc_launch_dependents()
+    # Of a thread that encodes, by how much it holds; four warps multiply with the rest.
+    LIGHT: gl.constexpr = 80 if PLAN.SPLITS > 1 else 64
+    REGISTERS: gl.constexpr = 72 if PLAN.SOURCE == PER_ROW else LIGHT
+    ring = _allocate_ring(w_desc, PLAN)
+    places = _allocate_places(tables, PLAN.COUNT)
+    num_choices = num_tokens * ids.num_choices
+    if PLAN.COUNT > 0:
+        blocks = _sort_choices(
+            ids, num_choices, num_experts, places, PLAN.HAS_MAP, PLAN.COUNT, PLAN.ROWS
+        )
+    else:
+        blocks = gl.load(tables.num_used) // PLAN.ROWS
+    tiles, steps = gl.cdiv(num_columns, PLAN.COLUMNS), gl.cdiv(depth, WIDTH)
+    sizes = Sizes(blocks * tiles, tiles, steps, depth, num_columns, num_choices)
+    gl.warp_specialize(
+        [
+            (_compute, (h, w, y_ptr, places, ring, sizes, PLAN)),
+            (_bring_weights, (w_desc, places, ring, sizes, PLAN)),
+            (_encode_rows, (h, w, places, ring, sizes, ENCODING, ACTIVATION, PLAN)),
+        ],
+        [1, 4],
+        [REGISTERS, REGISTERS],
+    )
+
+
+def decode_down(
+    h: Tensor,
+    experts: ExpertWeights,
+    ids: Ids,
+    tables: Tables,
+    num_tokens: int,
+    count: int,
+    format: Format,
+    config: DecodeConfig,
+) -> Tensor:
+    """What `decode_up` returns ``-> y [T * A, D]`` in bf16; rows of dropped choices hold anything.
+
+    h is quantised to `format` on its way.
+    """
+    w = experts.w2
+    assert isinstance(w, QTensor)
+    num_experts, num_columns, depth = w.shape
+    num_choices = num_tokens * ids.num_choices
+    y = h.new_empty((num_choices, num_columns), dtype=torch.bfloat16)
+    input_scale = experts.w2_input_scale
+    source = source_of(h, format, input_scale is not None)
+    plan = Plan(
+        config.rows,
+        config.columns,
+        config.down_stages,
+        config.group,
+        config.splits,
+        count,
+        ids.expert_map is not ids.ids,
+        source,
+        has_steps(w.format),
+        scale_rows(w),
+        experts.w2_bias is not None,
+    )
+    num_tiles = triton.cdiv(num_columns, config.columns)
+    num_blocks = min(num_choices, num_choices // config.rows + num_experts)
+    scale = h if input_scale is None else input_scale
+    _decode_down_kernel[(min(config.resident * num_sms(h.device), num_blocks * num_tiles),)](
+        TensorDescriptor.from_tensor(
+            w.data, [1, config.columns, STEP], gl.NVMMASharedLayout(STEP, 8, 3)
+        ),
+        Sums(h, h.stride(-2), h.stride(0), max(config.splits // 2, 1), scale),
+        scales_of(w, experts.w2_bias),
+        y,
+        ids,
+        tables,
+        num_tokens,
+        num_experts,
+        depth,
+        num_columns,
+        format_encoding(format),
+        nonlinearity_of(experts.activation),
+        plan,
+        **launch_of(12, config.resident),
+    )
+    return y
