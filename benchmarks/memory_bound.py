@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import about, append, has_same_bits, microseconds
+from benchmarks.records import has_same_bits
 from octomoe import (
     COMPACT,
     FP8_BLOCK128,
@@ -33,6 +33,7 @@ from octomoe import (
     quantize,
     unpermute,
 )
+from octomoe.bench.records import about, append, microseconds
 from octomoe.tune.timing import Timing, time_graphs
 
 FORMATS = (FP8_TENSOR, FP8_ROW, FP8_GROUP128, FP8_BLOCK128, MXFP8)

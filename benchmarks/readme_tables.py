@@ -4,8 +4,8 @@
     python benchmarks/readme_tables.py --check   exit with 1 if it would change
 
 A table stands between ``<!-- NAME: OF -->`` and ``<!-- end -->``; names are accuracy (of a model),
-convert (cpu), memory_bound, routing and fused_moe (of a device). That of fused_moe is empty until
-something was measured.
+convert (cpu), memory_bound, routing, fused_moe and moe_layer (of a device). The last two, of what
+`octomoe bench moe` appended to fused_moe.jsonl, are empty until something was measured.
 """
 
 import json
@@ -15,15 +15,15 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from octomoe.bench.table import peers_of, times
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY = RESULTS / "cpu" / "accuracy.jsonl"
 CONVERT = RESULTS / "cpu" / "convert.jsonl"
-MARKED = re.compile(
-    r"(<!-- (accuracy|convert|memory_bound|routing|fused_moe): (\S+) -->\n).*?(<!-- end -->)",
-    re.DOTALL,
-)
+TABLES = "accuracy|convert|memory_bound|routing|fused_moe|moe_layer"
+MARKED = re.compile(rf"(<!-- ({TABLES}): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -38,6 +38,8 @@ def main() -> None:
                 made = convert_table()
             case "fused_moe":
                 made = fused_moe_table(match[3])
+            case "moe_layer":
+                made = moe_layer_table(match[3])
             case "routing":
                 made = routing_table(match[3])
             case _:
@@ -132,51 +134,109 @@ def routing_table(device: str) -> str:
 
 
 def fused_moe_table(device: str, results: Path = RESULTS) -> str:
-    """A layer of experts beside SGLang's: of each layer and number of tokens the newest record.
-
-    Empty if there is none.
-    """
+    """The kernels of a layer beside SGLang's, experts of equal chance: of each layer and number of
+    tokens the newest record. Empty if there is none."""
     path = results / device / "fused_moe.jsonl"
-    if not path.exists():
+    used = _newest(path, "kernel", ("balanced",))
+    if not used:
         return ""
-    newest: dict[str, dict[int, dict[str, Any]]] = {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for record in records:
-        for result in record["results"]:
-            newest.setdefault(record["layer"], {})[result["tokens"]] = record | result
-    used = [of_layer[tokens] for of_layer in newest.values() for tokens in sorted(of_layer)]
-    versions = {f"{name} {number}" for run in used for name, number in run["versions"].items()}
+    # Older records have neither.
+    has_read = any("read" in run["runs"] for run in used)
+    columns = ["layer", "tokens", "floor us", *(["read us"] if has_read else []), "SGLang us"]
+    columns += ["octomoe us", "times as fast", "portable us", "whole op us"]
     rows = [
-        (
-            "| layer | tokens | floor us | SGLang us | octomoe us | times as fast "
-            "| portable us | whole op us |"
-        ),
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-        *map(_fused_moe_row, used),
+        f"| {' | '.join(columns)} |",
+        f"|---|{'--:|' * (len(columns) - 1)}",
+        *(_fused_moe_row(run, has_read) for run in used),
         "",
-        (
-            f"{_summary([_times(run) for run in used if 'sglang' in run['runs']])}"
-            f"`{records[-1]['command']}`, {records[-1]['device']}, "
-            f"commit {', '.join(sorted({run['commit'] for run in used}))}, "
-            f"{', '.join(sorted(versions))}; from `{path.relative_to(results.parents[1])}`."
-        ),
+        _origin(used, path, [_times(run) for run in used if "sglang" in run["runs"]]),
     ]
     return "\n".join(rows) + "\n"
 
 
-def _fused_moe_row(run: dict[str, Any]) -> str:
-    runs, floor = run["runs"], run["floor_us"]
-    cells = (
+def moe_layer_table(device: str, results: Path = RESULTS) -> str:
+    """Whole layers, from router logits on, beside every peer: of each layer, routing and number of
+    tokens the newest record. Empty if there is none."""
+    path = results / device / "fused_moe.jsonl"
+    used = _newest(path, "layer", ("balanced", "skewed"))
+    if not used:
+        return ""
+    peers = sorted({name for run in used for name in peers_of(run)})
+    columns = ["layer", "routing", "tokens", "floor us", "read us", "router us"]
+    columns += [*(f"{peer} us" for peer in peers), "octomoe us", "times as fast"]
+    rows = [
+        f"| {' | '.join(columns)} |",
+        f"|---|---|{'--:|' * (len(columns) - 2)}",
+        *(_moe_layer_row(run, peers) for run in used),
+        "",
+        _origin(used, path, [ratio for run in used if (ratio := times(run)) is not None]),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _newest(path: Path, mode: str, routings: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Measurements of 128 x 128 scales, each with the record it is from, layer by layer."""
+    if not path.exists():
+        return []
+    newest: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        # Records from before there were others do not say what they are.
+        routing = record.setdefault("routing", "balanced")
+        if record.get("format", "block128") != "block128" or record.get("mode", "kernel") != mode:
+            continue
+        if routing not in routings:
+            continue
+        for result in record["results"]:
+            key = routings.index(routing), result["tokens"]
+            newest.setdefault(record["layer"], {})[key] = record | result
+    return [of_layer[key] for of_layer in newest.values() for key in sorted(of_layer)]
+
+
+def _origin(used: list[dict[str, Any]], path: Path, ratios: list[float]) -> str:
+    versions = {f"{name} {number}" for run in used for name, number in run["versions"].items()}
+    commands = dict.fromkeys(f"`{run['command']}`" for run in used)
+    return (
+        f"{_summary(ratios)}{', '.join(commands)}, {used[-1]['device']}, "
+        f"commit {', '.join(sorted({run['commit'] for run in used}))}, "
+        f"{', '.join(sorted(versions))}; from `{path.relative_to(path.parents[3])}`."
+    )
+
+
+def _fused_moe_row(run: dict[str, Any], has_read: bool) -> str:
+    cells = [
         run["shape"]["model"],
         str(run["tokens"]),
-        "" if floor is None else f"{floor:.1f}",
-        f"{runs['sglang']['us']:.1f}" if "sglang" in runs else "",
-        f"{runs['octomoe']['us']:.1f}",
-        f"{_times(run):.2f}" if "sglang" in runs else "",
-        f"{runs.get('portable', runs['octomoe'])['us']:.1f}",
-        f"{runs['octomoe op']['us']:.1f}",
-    )
+        _number(run["floor_us"]),
+        *([_us(run, "read")] if has_read else []),
+        _us(run, "sglang"),
+        _us(run, "octomoe"),
+        f"{_times(run):.2f}" if "sglang" in run["runs"] else "",
+        _us(run, "portable") or _us(run, "octomoe"),
+        _us(run, "octomoe op"),
+    ]
     return f"| {' | '.join(cells)} |"
+
+
+def _moe_layer_row(run: dict[str, Any], peers: list[str]) -> str:
+    ratio = times(run)
+    cells = [
+        run["shape"]["model"],
+        run["routing"],
+        str(run["tokens"]),
+        _number(run["floor_us"]),
+        *(_us(run, name) for name in ("read", "router", *peers, "octomoe")),
+        "" if ratio is None else f"{ratio:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _us(run: dict[str, Any], name: str) -> str:
+    """Microseconds of a contender; empty where it was not there."""
+    return _number(run["runs"].get(name, {}).get("us"))
+
+
+def _number(us: float | None) -> str:
+    return "" if us is None else f"{us:.1f}"
 
 
 def _times(run: dict[str, Any]) -> float:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import transformer_engine
-from benchmarks.records import about, append, has_same_bits, microseconds, results_file
+from benchmarks.records import has_same_bits, results_file
 from octomoe import GEMM_READY, MXFP8, Routing, build_routing, permute, quantize, unpermute
 from octomoe import unpermute_bwd as unpermute_bwd_op
+from octomoe.bench.records import about, append, microseconds
 from octomoe.core.device import target_of
 from octomoe.core.routing import routing_of_slots, slots_of_ids, slots_of_mask
 from octomoe.kernels import build_routing as build_routing_kernel

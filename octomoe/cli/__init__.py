@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from octomoe.cli.bench import app as bench
 from octomoe.cli.convert import convert
 from octomoe.cli.demo import demo
 from octomoe.cli.doctor import doctor
 from octomoe.cli.eval import evaluate
 from octomoe.cli.inspect import inspect
+from octomoe.cli.tune import tune
 from octomoe.cli.verify import verify
 from octomoe.version import VERSION
 
@@ -46,6 +48,8 @@ app.command()(verify)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(doctor)
+app.command()(tune)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

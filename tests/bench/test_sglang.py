@@ -1,6 +1,6 @@
 """SGLang as a peer: its wheel is taken apart, and its tables are looked up as it does itself.
 
-The real ones are where OCTOMOE_SGLANG_PEER names a folder that benchmarks/peers/sglang.py made.
+The real ones are where OCTOMOE_SGLANG_PEER names a folder that `sglang_wheel` made.
 """
 
 import json
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.sglang import KERNELS, UNTUNED, Peer, choose_config, extract, load
+from octomoe.bench.layers import Mode, Shape, make_experts, make_problem
+from octomoe.bench.peers.sglang import UNTUNED, SGLang, choose_config
+from octomoe.bench.peers.sglang_wheel import FILES, extract, load
 
 FOLDER = os.environ.get("OCTOMOE_SGLANG_PEER")
 needs_peer = pytest.mark.skipif(FOLDER is None, reason="OCTOMOE_SGLANG_PEER is not set")
@@ -24,8 +26,7 @@ def table(triton="3.6.0", projection="up", device="NVIDIA_H200", **entries):
 
 
 def choose(*tables, num_tokens=1, experts=8):
-    peer = Peer("0", sys.modules[__name__], list(tables))
-    return choose_config(peer, experts, 128, num_tokens, triton_version="3.6.0")
+    return choose_config(list(tables), experts, 128, num_tokens, triton_version="3.6.0")
 
 
 def test_own_triton_comes_before_newer_and_newer_before_older():
@@ -71,7 +72,8 @@ def test_wheel_is_taken_apart(tmp_path):
     name = "E=257,N=256,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128]"
     wheel = tmp_path / "sglang-1.2.3-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(KERNELS, "def moe_sum_reduce_triton(): return 8\n")
+        archive.writestr(FILES["kernels.py"], "def moe_sum_reduce_triton(): return 8\n")
+        archive.writestr(FILES["quantize.py"], "from sglang.srt.utils import ceil_align\n")
         archive.writestr(f"{folder}{name}.json", json.dumps({"1": CONFIG}))
         archive.writestr(f"{folder}{name}_down.json", json.dumps({"1": CONFIG}))
         archive.writestr(f"{folder}E=257,N=256,device_name=NVIDIA_H200.json", "{}")
@@ -79,9 +81,22 @@ def test_wheel_is_taken_apart(tmp_path):
     peer = load(tmp_path / "peer")
     assert peer.version == "1.2.3"
     assert peer.kernels.moe_sum_reduce_triton() == 8
+    assert peer.quantize.ceil_align(9, 4) == 12
     assert [table["projection"] for table in peer.tables] == ["up", "down"]
-    config = choose_config(peer, 257, 256, 8, triton_version="3.6.0")
+    config = choose_config(peer.tables, 257, 256, 8, triton_version="3.6.0")
     assert config.source == "tuned for Triton 3.5.1, down for Triton 3.5.1"
+
+
+def test_folders_of_before_have_no_kernel_that_quantises_rows(tmp_path):
+    (tmp_path / "kernels.py").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"has no configs.json.*sglang_wheel WHEEL FOLDER"):
+        load(tmp_path)
+    (tmp_path / "configs.json").write_text('{"sglang": "1.2.3", "tables": []}')
+    peer = SGLang.load(tmp_path)
+    shape = Shape("", 2, 128, 128, 1)
+    problem = make_problem(shape, make_experts(shape, "cpu"), 1)
+    assert peer.why_not(problem, Mode.KERNEL) is None
+    assert "no quantize.py" in peer.why_not(problem, Mode.LAYER)
 
 
 @needs_peer
@@ -99,6 +114,7 @@ def test_stand_ins_are_gone_after_loading():
 def test_timed_layers_are_tuned(num_experts, width, is_tma):
     peer = load(Path(FOLDER))
     for num_tokens in (1, 32, 8192):
-        config = choose_config(peer, num_experts, width, num_tokens, triton_version="3.6.0")
+        sizes = (num_experts, width, num_tokens)
+        config = choose_config(peer.tables, *sizes, triton_version="3.6.0")
         assert config.source.startswith("tuned")
         assert config.is_down_tma == is_tma

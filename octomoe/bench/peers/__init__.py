@@ -1,0 +1,1 @@
+"""Other people's kernels, one file each: found, given their own layouts, run."""
