@@ -1,8 +1,8 @@
 """The first half of a layer of experts on Hopper, for few rows: h = act(x @ w13.T), in float32.
 
-A tile is 64 gate and the same 64 up rows of weights, interleaved by 8 on their way, times 8 to 32
-rows of tokens, which are quantised on theirs. It takes a part of the depth where a GPU has more
-multiprocessors than there are tiles: sums of parts are then what is stored.
+A tile is 64 gate and the same 64 up rows of weights, interleaved by 8 on their way, times 8 or 16
+rows of tokens, which may be quantised on theirs. It takes half of the depth where a GPU has more
+multiprocessors than there are tiles: sums of both halves are then what is stored.
 
 Bound by the bytes of w13.
 """

@@ -39,8 +39,8 @@ PAIRS = {
 }
 CONFIGS = {
     "two parts": DecodeConfig(8, 128, splits=2, up_stages=4, down_stages=2, combined=128),
-    "four parts, quantised before": DecodeConfig(
-        8, 128, splits=4, up_stages=4, down_stages=2, combined=128, is_encoded=True
+    "quantised before": DecodeConfig(
+        8, 128, splits=2, up_stages=4, down_stages=2, combined=128, is_encoded=True
     ),
     "sorted before": DecodeConfig(8, 256, up_stages=4, down_stages=3, is_sorted=True),
     "few rows": DecodeConfig(8, 256, up_stages=6, down_stages=3, is_encoded=True, is_sorted=True),
@@ -240,6 +240,7 @@ def test_hidden_states_may_be_part_of_something(draw_ids, assert_same_bits):
         # tokens, choices, experts, width, depth
         ((1, 8, 128, 384, 4096), DecodeConfig(8, 128, 2, 4, 2, combined=128)),
         ((3, 8, 128, 768, 2048), DecodeConfig(8, 128, 1, 4, 2, combined=128)),
+        ((1, 8, 128, 768, 256), DecodeConfig(8, 128, 1, 4, 2, combined=128)),
         (
             (32, 8, 128, 384, 4096),
             DecodeConfig(8, 256, 1, 6, 3, is_encoded=True, is_sorted=True),
