@@ -1,8 +1,8 @@
 """The second half of a layer of experts on Hopper, for few rows: y = h @ w2.T.
 
-A tile is 128 or 256 rows of weights times 8 or 16 slots. h comes in float32, or as sums over two
-parts of the depth, and is activated and quantised on its way in. Weights are on their way before
-there is an h. Bound by the bytes of w2.
+A tile is 128 or 256 rows of weights times 8 or 16 slots. h comes in float32, or as sums over parts
+of the depth, and is activated and quantised on its way in. Weights are on their way before there is
+an h. Bound by the bytes of w2.
 """
 
 from typing import NamedTuple
@@ -53,12 +53,13 @@ from octomoe.tune.configs import DecodeConfig
 
 
 class Sums(NamedTuple):
-    """h, or sums over two parts of the depth; what lies between rows and parts; the static scale of
-    what h is quantised to, if it has one."""
+    """h, or sums over parts of the depth; what lies between rows and parts; pairs of parts; the
+    static scale of what h is quantised to, if it has one."""
 
     data: Tensor
     stride_row: int
     stride_split: int
+    num_pairs: int
     scale: Tensor
 
 
@@ -96,20 +97,26 @@ def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
 
 @gluon.jit
 def _load_h(ptrs, is_row, column, sizes, h, ACTIVATION: gl.constexpr, PLAN: gl.constexpr):
-    """A step of h: as it is stored, or the activation of sums over two parts of the depth."""
+    """A step of h: as it is stored, or the activation of sums over parts of the depth."""
     mask = is_row[:, None] & (column < sizes.depth)[None, :]
     KIND: gl.constexpr = ACTIVATION.KIND
     ptrs += column[None, :]
     if PLAN.SPLITS == 1:
         value = gl.load(ptrs, mask=mask, other=0.0)
     else:
-        gate = gl.load(ptrs, mask=mask, other=0.0)
-        gate += gl.load(ptrs + h.stride_split, mask=mask, other=0.0)
+        SLOTS: gl.constexpr = PLAN.ROWS
+        layout: gl.constexpr = mask.type.layout
+        gate = gl.zeros((SLOTS, WIDTH), gl.float32, layout)
         up = gate
-        if ACTIVATION.IS_GATED:
-            ptrs += sizes.depth
-            up = gl.load(ptrs, mask=mask, other=0.0)
-            up += gl.load(ptrs + h.stride_split, mask=mask, other=0.0)
+        # In their order, two at a time: more would fill the registers.
+        for _pair in range(h.num_pairs):
+            gate += gl.load(ptrs, mask=mask, other=0.0)
+            gate += gl.load(ptrs + h.stride_split, mask=mask, other=0.0)
+            if ACTIVATION.IS_GATED:
+                up_ptrs = ptrs + sizes.depth
+                up += gl.load(up_ptrs, mask=mask, other=0.0)
+                up += gl.load(up_ptrs + h.stride_split, mask=mask, other=0.0)
+            ptrs += 2 * h.stride_split
         value = _activate(
             gate,
             up,
@@ -292,7 +299,7 @@ def _decode_down_kernel(
 ):
     gdc_launch_dependents()
     # Of a thread that encodes, by how much it holds; four warps multiply with the rest.
-    LIGHT: gl.constexpr = 88 if PLAN.SPLITS > 1 else 64
+    LIGHT: gl.constexpr = 80 if PLAN.SPLITS > 1 else 64
     REGISTERS: gl.constexpr = 72 if PLAN.SOURCE == PER_ROW else LIGHT
     ring = _allocate_ring(w_desc, PLAN)
     places = _allocate_places(tables, PLAN.COUNT)
@@ -357,7 +364,7 @@ def decode_down(
         TensorDescriptor.from_tensor(
             w.data, [1, config.columns, STEP], gl.NVMMASharedLayout(STEP, 8, 3)
         ),
-        Sums(h, h.stride(-2), h.stride(0), scale),
+        Sums(h, h.stride(-2), h.stride(0), max(config.splits // 2, 1), scale),
         scales_of(w, experts.w2_bias),
         y,
         ids,

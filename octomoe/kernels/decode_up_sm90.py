@@ -1,8 +1,8 @@
 """The first half of a layer of experts on Hopper, for few rows: h = act(x @ w13.T), in float32.
 
 A tile is 64 gate and the same 64 up rows of weights, interleaved by 8 on their way, times 8 or 16
-rows of tokens, which may be quantised on theirs. It takes half of the depth where a GPU has more
-multiprocessors than there are tiles: sums of both halves are then what is stored.
+rows of tokens, which may be quantised on theirs. It takes a part of the depth where a GPU has more
+multiprocessors than there are tiles: sums of parts are then what is stored.
 
 Bound by the bytes of w13.
 """
@@ -279,7 +279,8 @@ def _compute(
                 w_scale_ptr += sizes.columns
                 if PARTS == 2:
                     up = up * (_of_rows(w_scale_ptr, row, sizes.columns, 0.0) * x_scale)
-        if PLAN.HAS_BIAS and first == 0:
+        # Known by its number: of a short depth, the first part has no steps.
+        if PLAN.HAS_BIAS and number % PLAN.SPLITS == 0:
             bias_ptr = w.bias + expert * (sizes.columns * PARTS)
             gate += _of_rows(bias_ptr, row, sizes.columns, 0.0)
             if PARTS == 2:

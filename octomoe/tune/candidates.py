@@ -284,7 +284,7 @@ def _decode(key: LayerKey, num_tokens: int, target: Target) -> list[Config]:
     made = [default]
     made += [
         replace(default, splits=splits, columns=columns, down_stages=n)
-        for splits in (1, 2)
+        for splits in (1, 2, 4, 8)
         for columns, n in ((128, 3), (128, most), (256, 3))
     ]
     made += [replace(default, up_stages=n) for n in (3, 4, 5, 6)]

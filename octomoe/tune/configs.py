@@ -234,7 +234,7 @@ class DecodeConfig:
     Attributes:
         rows: slots of a tile: 8 or 16.
         columns: rows of w2 of a tile, 128 or 256.
-        splits: parts of the depth of w13, each a tile's: 1 or 2.
+        splits: parts of the depth of w13, each a tile's: 1, 2, 4 or 8.
         up_stages, down_stages: steps along the depth that lie in shared memory at once.
         group: of these steps, whose weights are asked for together.
         resident: programs that a multiprocessor is to hold.

@@ -27,8 +27,8 @@ WIDE_CONFIGS: Final = (
 # Rows of an expert up to which Hopper's kernels for few rows are faster, also if it is narrow, and
 # up to which a tile of theirs has 8 rows.
 _DECODE, _DECODE_NARROW, _DECODE_FEW = 2.25, 12, 4
-# Choices that programs sort by themselves, and tiles with which they keep memory busy.
-_SORTED, _BUSY = 32, 100
+# Choices that programs sort by themselves, and programs that keep memory busy.
+_SORTED, _BUSY = 32, 80
 # What each doubling of the parts of a depth costs: their sums are written and read.
 _COST = 1.3
 # The longest depth of the down-projection whose rows fit beside its weights, and the longest for
@@ -134,7 +134,7 @@ def decode_config(
 
     >>> h200 = Target("NVIDIA H200", arch=90, sms=132)
     >>> decode_config(1, 10, 512, 128, 2048, h200).splits
-    2
+    4
     >>> decode_config(32, 8, 128, 384, 4096, h200).is_sorted
     True
     """
@@ -154,8 +154,10 @@ def decode_config(
             is_encoded=True,
             is_sorted=True,
         )
-    is_split = choices * ceil(width / 64) < _BUSY and depth >= 512
-    return DecodeConfig(8, 128, 1 + is_split, up_stages=4, down_stages=2, combined=128)
+    splits = 1
+    while splits < 8 and choices * ceil(width / 64) * splits < _BUSY and depth >= 512 * splits:
+        splits *= 2
+    return DecodeConfig(8, 128, splits, up_stages=4, down_stages=2, combined=128)
 
 
 def _legal(

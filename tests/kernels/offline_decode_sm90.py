@@ -27,6 +27,7 @@ SORTED = {"is_encoded": True, "is_sorted": True}
 # Tokens and how they are run: what heuristics choose, and what tables may.
 CONFIGS = {
     "one token": (1, ONE),
+    "one token in four parts": (1, replace(ONE, splits=4)),
     "three tokens": (3, replace(ONE, splits=1)),
     "eight tokens, sorted by programs": (8, replace(ONE, splits=1, is_encoded=True)),
     "few rows": (32, DecodeConfig(8, 256, up_stages=6, down_stages=3, **SORTED)),

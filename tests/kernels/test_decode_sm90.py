@@ -39,8 +39,8 @@ PAIRS = {
 }
 CONFIGS = {
     "two parts": DecodeConfig(8, 128, splits=2, up_stages=4, down_stages=2, combined=128),
-    "quantised before": DecodeConfig(
-        8, 128, splits=2, up_stages=4, down_stages=2, combined=128, is_encoded=True
+    "four parts, quantised before": DecodeConfig(
+        8, 128, splits=4, up_stages=4, down_stages=2, combined=128, is_encoded=True
     ),
     "sorted before": DecodeConfig(8, 256, up_stages=4, down_stages=3, is_sorted=True),
     "few rows": DecodeConfig(8, 256, up_stages=6, down_stages=3, is_encoded=True, is_sorted=True),
@@ -148,6 +148,8 @@ def test_activations(activation, has_bias, pair, config, draw_ids, assert_agrees
     ("case", "pair"),
     [
         *product([(1, 5, 3, 1040, 640), (9, 300, 10, 2048, 128), (333, 7, 3, 272, 384)], PAIRS),
+        # A depth of fewer steps than it has parts.
+        *product([(50, 4, 3, 128, 256)], PAIRS),
         # Of scales that change by the step, a width is a multiple of 128.
         *product([(13, 7, 3, 400, 208)], ["channel x token", "tensor x static"]),
     ],
@@ -239,6 +241,7 @@ def test_hidden_states_may_be_part_of_something(draw_ids, assert_same_bits):
     [
         # tokens, choices, experts, width, depth
         ((1, 8, 128, 384, 4096), DecodeConfig(8, 128, 2, 4, 2, combined=128)),
+        ((1, 9, 257, 256, 7168), DecodeConfig(8, 128, 4, 4, 2, combined=128)),
         ((3, 8, 128, 768, 2048), DecodeConfig(8, 128, 1, 4, 2, combined=128)),
         ((1, 8, 128, 768, 256), DecodeConfig(8, 128, 1, 4, 2, combined=128)),
         (

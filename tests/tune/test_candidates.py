@@ -170,7 +170,7 @@ def test_few_rows_are_tried_in_every_way(num_tokens):
     found = candidates(KEY, num_tokens, H200)["decode"]
     assert {config.rows for config in found} == {8, 16}
     assert {config.columns for config in found} == {128, 256}
-    assert {config.splits for config in found} == {1, 2}
+    assert {config.splits for config in found} == {1, 2, 4, 8}
     assert {config.group for config in found} == {1, 2, 3}
     assert {config.resident for config in found} == {1, 2}
     assert {(config.is_encoded, config.is_sorted) for config in found} == {
