@@ -10,7 +10,7 @@ from torch import Tensor
 from octomoe.core.qtensor import QTensor
 
 # Programs, of which one imports the other as Python finds it beside itself.
-collect_ignore = ["offline.py", "offline_sm90.py"]
+collect_ignore_glob = ["offline*.py"]
 
 
 @pytest.fixture(scope="session")
