@@ -26,8 +26,6 @@ from octomoe.kernels import fused_moe as portable
 from octomoe.kernels import fused_moe_sm90 as sm90
 from octomoe.kernels import fused_moe_wide_sm90 as wide
 from octomoe.kernels.build_routing import build_blocks
-from octomoe.kernels.decode_choices_sm90 import MOST_SORTED
-from octomoe.kernels.expert_tiles import has_steps
 from octomoe.kernels.fused_rows_wide_sm90 import rows_in_order
 from octomoe.tune.configs import DecodeConfig, FusedMoeConfig
 from octomoe.tune.kinds import Config
@@ -94,18 +92,14 @@ def run_config(problem: Problem, config: Config) -> Callable[[], Tensor]:
     options: dict[str, Any] = {"routed_scaling_factor": SCALING, "config": config}
     if isinstance(config, DecodeConfig):
         assert format is not None
-        # Where rows are quantised on their way, that is what is timed: as the op does it, which
-        # takes a scale that is a row's own from all of it, and has many choices sorted before.
-        is_static = static_scale(experts.w13_input_scale, format) is not None
-        is_given = config.is_encoded or not (has_steps(format) or is_static)
-        is_sorted = config.is_sorted or problem.topk_ids_TA.numel() > MOST_SORTED
+        # Where rows are quantised on their way, that is what is timed.
         return partial(
             decode.experts_forward,
-            problem.x if is_given else problem.hidden_TD,
+            problem.x if decode.encodes_before(experts, format, config) else problem.hidden_TD,
             experts,
             problem.topk_weights_TA,
             problem.topk_ids_TA,
-            routed if is_sorted else None,
+            routed if decode.sorts_before(problem.topk_ids_TA, config) else None,
             activation_format=format,
             **options,
         )
@@ -114,7 +108,7 @@ def run_config(problem: Problem, config: Config) -> Callable[[], Tensor]:
     if isinstance(config, FusedMoeConfig):
         options["activation_format"] = format
         return partial(portable.experts_forward, problem.x, *arguments, **options)
-    if sm90.meets_in_8_bits(experts, format):
+    if sm90.meets_in_8_bits(format):
         assert isinstance(problem.x, QTensor)
         return partial(sm90.experts_forward, problem.x, *arguments, **options)
     options["activation_format"] = format

@@ -88,19 +88,7 @@ def _gradients(
         inputs.h_stride_column,
         ACTIVATION.IS_GATED,
     )
-    # Triton 3.6 passes a string on only if it has a name.
-    KIND: tl.constexpr = ACTIVATION.KIND
-    dgate, dup = _activate_bwd(
-        dy,
-        gate,
-        up,
-        ACTIVATION.IS_GATED,
-        KIND,
-        ACTIVATION.ALPHA,
-        ACTIVATION.CLAMP,
-        ACTIVATION.IS_OUTPUT_CLAMPED,
-        ACTIVATION.UP_OFFSET,
-    )
+    dgate, dup = _activate_bwd(dy, gate, up, ACTIVATION)
     return dgate, dup, is_inside
 
 

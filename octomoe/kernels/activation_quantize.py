@@ -71,18 +71,7 @@ def _load_activated(
         h_stride_column,
         ACTIVATION.IS_GATED,
     )
-    # Triton 3.6 passes a string on only if it has a name.
-    KIND: tl.constexpr = ACTIVATION.KIND
-    y = _activate(
-        gate,
-        up,
-        ACTIVATION.IS_GATED,
-        KIND,
-        ACTIVATION.ALPHA,
-        ACTIVATION.CLAMP,
-        ACTIVATION.IS_OUTPUT_CLAMPED,
-        ACTIVATION.UP_OFFSET,
-    )
+    y = _activate(gate, up, ACTIVATION)
     return y, is_inside
 
 

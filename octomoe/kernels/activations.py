@@ -19,7 +19,7 @@ _CUBIC = tl.constexpr(0.044715)
 
 
 class Nonlinearity(NamedTuple):
-    """An activation as compile-time values: arguments of `_activate` and `_activate_bwd`."""
+    """An activation as compile-time values: what `_activate` and `_activate_bwd` take."""
 
     IS_GATED: bool
     KIND: str
@@ -75,9 +75,11 @@ def _gelu_tanh_argument(x):
 
 
 @triton.jit
-def _nonlinear(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
+def _nonlinear(x, ACTIVATION: tl.constexpr):
+    # Triton 3.6 compares a string only if it has a name.
+    KIND: tl.constexpr = ACTIVATION.KIND
     if KIND == "silu":
-        y = x * tl.sigmoid(ALPHA * x)
+        y = x * tl.sigmoid(ACTIVATION.ALPHA * x)
     elif KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     elif KIND == "gelu_tanh":
@@ -90,11 +92,13 @@ def _nonlinear(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _nonlinear_bwd(dy, x, KIND: tl.constexpr, ALPHA: tl.constexpr):
+def _nonlinear_bwd(dy, x, ACTIVATION: tl.constexpr):
+    # Triton 3.6 compares a string only if it has a name.
+    KIND: tl.constexpr = ACTIVATION.KIND
     if KIND == "silu":
-        sigmoid = tl.sigmoid(ALPHA * x)
+        sigmoid = tl.sigmoid(ACTIVATION.ALPHA * x)
         # x meets (1 - sigmoid) first: their product is a number where alpha * x has overflown.
-        dx = dy * (sigmoid + ALPHA * (x * (sigmoid * (1.0 - sigmoid))))
+        dx = dy * (sigmoid + ACTIVATION.ALPHA * (x * (sigmoid * (1.0 - sigmoid))))
     elif KIND == "gelu":
         cumulative = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF))
         dx = dy * (cumulative + x * (tl.exp(-0.5 * (x * x)) * _INV_SQRT_2_PI))
@@ -109,62 +113,46 @@ def _nonlinear_bwd(dy, x, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _activate(
-    gate,
-    up,
-    IS_GATED: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    CLAMP: tl.constexpr,
-    IS_OUTPUT_CLAMPED: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-):
+def _activate(gate, up, ACTIVATION: tl.constexpr):
+    """act(h) of tiles of gate and up; a `Nonlinearity` says which."""
+    CLAMP: tl.constexpr = ACTIVATION.CLAMP
     if CLAMP is not None:
         up = tl.where(up < -CLAMP, -CLAMP, tl.where(up > CLAMP, CLAMP, up))
-        if not IS_OUTPUT_CLAMPED:
+        if not ACTIVATION.IS_OUTPUT_CLAMPED:
             gate = tl.where(gate > CLAMP, CLAMP, gate)
-    y = _nonlinear(gate, KIND, ALPHA)
-    if CLAMP is not None and IS_OUTPUT_CLAMPED:
+    y = _nonlinear(gate, ACTIVATION)
+    if CLAMP is not None and ACTIVATION.IS_OUTPUT_CLAMPED:
         y = tl.where(y > CLAMP, CLAMP, y)
-    if IS_GATED:
-        y = y * (up + UP_OFFSET)
+    if ACTIVATION.IS_GATED:
+        y = y * (up + ACTIVATION.UP_OFFSET)
     return y
 
 
 @triton.jit
-def _activate_bwd(
-    dy,
-    gate,
-    up,
-    IS_GATED: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    CLAMP: tl.constexpr,
-    IS_OUTPUT_CLAMPED: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-):
+def _activate_bwd(dy, gate, up, ACTIVATION: tl.constexpr):
     """Gradients of the gate and of up; without a gate both are that of h.
 
     A clamp passes the gradient on at its limits, and stops it beyond them and at NaN.
     """
-    if IS_GATED:
+    CLAMP: tl.constexpr = ACTIVATION.CLAMP
+    if ACTIVATION.IS_GATED:
         gate_in, up_in = gate, up
         if CLAMP is not None:
             up_in = tl.where(up < -CLAMP, -CLAMP, tl.where(up > CLAMP, CLAMP, up))
-            if not IS_OUTPUT_CLAMPED:
+            if not ACTIVATION.IS_OUTPUT_CLAMPED:
                 gate_in = tl.where(gate > CLAMP, CLAMP, gate)
-        y = _nonlinear(gate_in, KIND, ALPHA)
-        dgate = dy * (up_in + UP_OFFSET)
-        if CLAMP is not None and IS_OUTPUT_CLAMPED:
+        y = _nonlinear(gate_in, ACTIVATION)
+        dgate = dy * (up_in + ACTIVATION.UP_OFFSET)
+        if CLAMP is not None and ACTIVATION.IS_OUTPUT_CLAMPED:
             dgate = tl.where(y <= CLAMP, dgate, 0.0)
             y = tl.where(y > CLAMP, CLAMP, y)
-        dgate = _nonlinear_bwd(dgate, gate_in, KIND, ALPHA)
+        dgate = _nonlinear_bwd(dgate, gate_in, ACTIVATION)
         dup = dy * y
         if CLAMP is not None:
             dup = tl.where(tl.abs(up) <= CLAMP, dup, 0.0)
-            if not IS_OUTPUT_CLAMPED:
+            if not ACTIVATION.IS_OUTPUT_CLAMPED:
                 dgate = tl.where(gate <= CLAMP, dgate, 0.0)
     else:
-        dgate = _nonlinear_bwd(dy, gate, KIND, ALPHA)
+        dgate = _nonlinear_bwd(dy, gate, ACTIVATION)
         dup = dgate
     return dgate, dup

@@ -11,6 +11,8 @@ this is no more than the two maps. On NVIDIA since Hopper each is launched befor
 of it ends, and waits for that one's results where it needs them.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,22 +20,47 @@ from torch import Tensor
 
 from octomoe.core.device import target_of
 from octomoe.core.routing import Routing, slot_capacity
-from octomoe.kernels.chain import _start_dependents, chain_arguments
+from octomoe.kernels.chain import _start_dependents, _wait_for_predecessor, chain_arguments
 from octomoe.tune.configs import RoutingConfig
 from octomoe.tune.lookup import routing_config
+
+
+class Ids(NamedTuple):
+    """Experts of choices as they come, and the local ids of these; without a map, never read."""
+
+    ids: Tensor
+    num_choices: int
+    stride_row: int
+    stride_column: int
+    expert_map: Tensor
+    stride_map: int
+    num_global: int
+
+    @property
+    def has_map(self) -> bool:
+        return self.expert_map is not self.ids
+
+
+def ids_of(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Ids:
+    """Ids ``[T, A]`` as kernels see them."""
+    stride_row, stride_column = topk_ids.stride()
+    start = (topk_ids, topk_ids.shape[1], stride_row, stride_column)
+    if expert_map is None:
+        return Ids(*start, topk_ids, 0, num_experts)
+    return Ids(*start, expert_map, expert_map.stride(0), expert_map.shape[0])
 
 
 @triton.jit
 def _load_experts(ids, choice, num_choices, num_experts, HAS_MAP: tl.constexpr):
     """Local expert of each choice as int32, `num_experts` where there is none."""
-    ids_ptr, num_columns, stride_row, stride_column, map_ptr, map_stride, num_global = ids
-    offset = choice // num_columns * stride_row + choice % num_columns * stride_column
-    expert = tl.load(ids_ptr + offset, mask=choice < num_choices, other=-1)
+    offset = choice // ids.num_choices * ids.stride_row
+    offset += choice % ids.num_choices * ids.stride_column
+    expert = tl.load(ids.ids + offset, mask=choice < num_choices, other=-1)
     if HAS_MAP:
-        is_global = (expert >= 0) & (expert < num_global)
+        is_global = (expert >= 0) & (expert < ids.num_global)
         # An id that is no expert's may be too large for an address.
-        offset = tl.where(is_global, expert, 0).to(tl.int64) * map_stride
-        expert = tl.load(map_ptr + offset, mask=is_global, other=-1)
+        offset = tl.where(is_global, expert, 0).to(tl.int64) * ids.stride_map
+        expert = tl.load(ids.expert_map + offset, mask=is_global, other=-1)
     is_local = (expert >= 0) & (expert < num_experts)
     return tl.where(is_local, expert, num_experts).to(tl.int32)
 
@@ -161,8 +188,7 @@ def _count_kernel(
 
     Ranks are left where the slots will be.
     """
-    if IS_CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
+    _start_dependents(IS_CHAINED)
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     end = tl.minimum((program + 1) * num_rounds * CHOICES, num_choices)
     first_choice = program * num_rounds * CHOICES + tl.arange(0, CHOICES)
@@ -199,9 +225,8 @@ def _sum_kernel(
     EXPERTS: tl.constexpr,
 ):
     """Turn counts of blocks into counts of all blocks before, and add a row of totals."""
-    if IS_CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    _start_dependents(IS_CHAINED)
+    _wait_for_predecessor(IS_CHAINED)
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, num_blocks, BLOCKS):
@@ -241,8 +266,7 @@ def _place_kernel(
     first_choice = program * block_size + tl.arange(0, CHOICES)
     # Ids are no result of the two kernels before, which may still run.
     head = _load_experts(ids, first_choice, end, num_experts, HAS_MAP)
-    if IS_CHAINED:
-        tl.extra.cuda.gdc_wait()
+    _wait_for_predecessor(IS_CHAINED)
     offset = num_experts * 0
     for first_expert in range(0, num_experts, BINS):
         choice = first_choice
@@ -339,21 +363,17 @@ def _launch(
     config = config or routing_config(
         num_choices, num_experts, num_slots, target_of(topk_ids.device)
     )
-    # What `_load_experts` takes apart. Contiguous ids are one row: it then divides by nothing.
-    ids: tuple[Tensor | int, ...] = (
-        topk_ids,
-        *((1, 1, 0) if topk_ids.is_contiguous() else (topk_ids.shape[1], *topk_ids.stride())),
-        topk_ids if expert_map is None else expert_map,
-        0 if expert_map is None else expert_map.stride(0),
-        num_experts if expert_map is None else expert_map.shape[0],
-    )
+    ids = ids_of(topk_ids, expert_map, num_experts)
+    if topk_ids.is_contiguous():
+        # They are one row: nothing is then divided by.
+        ids = ids._replace(num_choices=1, stride_row=1, stride_column=0)
     has_blocks = expert_of_block is not None
     maps = (
         routing.slot_of_choice_TA,
         routing.choice_of_slot_S,
         routing.choice_of_slot_S if expert_of_block is None else expert_of_block,
     )
-    constants = {"HAS_MAP": expert_map is not None, "BINS": config.bins}
+    constants = {"HAS_MAP": ids.has_map, "BINS": config.bins}
     if config.is_single:
         _route_kernel[(max(triton.cdiv(num_choices, config.choices), 1),)](
             ids,

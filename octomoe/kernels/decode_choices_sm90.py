@@ -19,18 +19,6 @@ MOST_SORTED: Final = 128
 CHUNK = gl.constexpr(16)
 
 
-class Ids(NamedTuple):
-    """Experts of choices as they come: `_load_experts` reads them."""
-
-    ids: Tensor
-    num_choices: int
-    stride_row: int
-    stride_column: int
-    expert_map: Tensor
-    stride_map: int
-    num_global: int
-
-
 class Tables(NamedTuple):
     """A routing: choices of slots, experts of blocks, slots in use; without one, never read."""
 
@@ -45,15 +33,6 @@ class Places(NamedTuple):
     expert: Any
     slot: Any
     tables: Any
-
-
-def ids_of(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Ids:
-    """Ids ``[T, A]`` as kernels see them."""
-    stride_row, stride_column = topk_ids.stride()
-    start = (topk_ids, topk_ids.shape[1], stride_row, stride_column)
-    if expert_map is None:
-        return Ids(*start, topk_ids, 0, num_experts)
-    return Ids(*start, expert_map, expert_map.stride(0), expert_map.shape[0])
 
 
 def tables_of(routed: tuple[Routing, Tensor] | None, ids: Tensor) -> Tables:
@@ -76,23 +55,17 @@ def _flat(memory, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _sort_choices(
-    ids,
-    num_choices,
-    num_experts,
-    places,
-    HAS_MAP: gl.constexpr,
-    COUNT: gl.constexpr,
-    ROWS: gl.constexpr,
-):
+def _sort_choices(ids, num_choices, num_experts, places, PLAN: gl.constexpr):
     """Give every choice a slot, by four warps; the number of blocks.
 
     In loops, since code that is not in a cache yet takes longer to come than to run.
     """
+    COUNT: gl.constexpr = PLAN.COUNT
+    ROWS: gl.constexpr = PLAN.ROWS
     layout: gl.constexpr = gl.BlockedLayout([1, CHUNK], [32, 1], [4, 1], [1, 0])
     others: gl.constexpr = gl.SliceLayout(0, layout)
     index = gl.arange(0, COUNT, layout=gl.SliceLayout(1, layout))
-    expert = _load_experts(ids, index, num_choices, num_experts, HAS_MAP)
+    expert = _load_experts(ids, index, num_choices, num_experts, PLAN.HAS_MAP)
     _flat(places.expert, COUNT).store(expert)
     # Choices of the same expert that come before.
     rank = index * 0
@@ -123,14 +96,14 @@ def _sort_choices(
 
 
 @gluon.jit
-def _expert_of(block, places, COUNT: gl.constexpr, ROWS: gl.constexpr):
+def _expert_of(block, places, PLAN: gl.constexpr):
     """The expert of a block."""
-    if COUNT > 0:
+    if PLAN.COUNT > 0:
         WARPS: gl.constexpr = gl.num_warps()
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        slot = _flat(places.slot, COUNT).load(layout)
-        is_inside = (slot >= block * ROWS) & (slot < block * ROWS + ROWS)
-        expert = _flat(places.expert, COUNT).load(layout)
+        slot = _flat(places.slot, PLAN.COUNT).load(layout)
+        is_inside = (slot >= block * PLAN.ROWS) & (slot < block * PLAN.ROWS + PLAN.ROWS)
+        expert = _flat(places.expert, PLAN.COUNT).load(layout)
         expert = gl.max(gl.where(is_inside, expert, 0), axis=0)
     else:
         expert = gl.load(places.tables.expert_of_block + block)
@@ -138,21 +111,16 @@ def _expert_of(block, places, COUNT: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _choices_of(
-    block,
-    places,
-    COUNT: gl.constexpr,
-    ROWS: gl.constexpr,
-    layout: gl.constexpr,
-):
+def _choices_of(block, places, layout: gl.constexpr, PLAN: gl.constexpr):
     """The choices that are a block's rows ``[ROWS]``, -1 for a row of no token."""
-    if COUNT > 0:
+    ROWS: gl.constexpr = PLAN.ROWS
+    if PLAN.COUNT > 0:
         WARPS: gl.constexpr = gl.num_warps()
         pairs: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, WARPS], [1, 0])
         row = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(0, pairs))
         index = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, pairs))
         choice = row * 0 - 1
-        for chunk in range(COUNT // CHUNK):
+        for chunk in range(PLAN.COUNT // CHUNK):
             slot = places.slot.index(chunk).load(gl.SliceLayout(1, pairs))
             mine = gl.where(slot[:, None] == row[None, :], (chunk * CHUNK + index)[:, None], -1)
             choice = gl.maximum(choice, gl.max(mine, axis=0))
@@ -164,9 +132,9 @@ def _choices_of(
 
 
 @gluon.jit
-def _allocate_places(tables, COUNT: gl.constexpr):
+def _allocate_places(tables, PLAN: gl.constexpr):
     """Where to put what is known about choices."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    shape: gl.constexpr = [max(COUNT // CHUNK, 1), CHUNK]
+    shape: gl.constexpr = [max(PLAN.COUNT // CHUNK, 1), CHUNK]
     expert = gl.allocate_shared_memory(gl.int32, shape, plain)
     return Places(expert, gl.allocate_shared_memory(gl.int32, shape, plain), tables)

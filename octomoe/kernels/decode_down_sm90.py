@@ -17,38 +17,34 @@ from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.activations import _activate, nonlinearity_of
+from octomoe.kernels.build_routing import Ids
 from octomoe.kernels.decode_choices_sm90 import (
-    Ids,
     Tables,
     _allocate_places,
     _choices_of,
     _expert_of,
-    _sort_choices,
 )
 from octomoe.kernels.decode_tiles_sm90 import (
     PER_ROW,
     STATIC,
     WIDTH,
     Plan,
-    Sizes,
     _allocate_ring,
     _bring_step,
     _encode_step,
     _of_rows,
-    _own_scale,
     _product,
     _put_step,
+    _sizes_of,
     _step_scales,
     _wait_for_room,
     launch_of,
-    scale_rows,
     source_of,
 )
-from octomoe.kernels.encoding import format_encoding
-from octomoe.kernels.expert_tiles import STEP, has_steps
-from octomoe.kernels.gluon_shim import TensorDescriptor, gl, gluon, mbarrier, seen_as
-from octomoe.kernels.scaling import _magnitude_bits
-from octomoe.kernels.tiles_sm90 import scales_of
+from octomoe.kernels.expert_tiles import STEP, has_steps, scale_rows
+from octomoe.kernels.gluon_shim import gl, gluon, mbarrier, seen_as
+from octomoe.kernels.scaling import _magnitude_bits, _scale_of_amax, format_encoding
+from octomoe.kernels.tiles_sm90 import bytes_by_tma, scales_of
 from octomoe.tune.configs import DecodeConfig
 
 
@@ -77,11 +73,11 @@ def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
     count = 0
     first, last = _share(sizes.total)
     block = gl.minimum(first, sizes.total - 1) // sizes.tiles
-    next_expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS)
+    next_expert = _expert_of(block, places, PLAN)
     for number in range(first, last):
         expert = next_expert
         block = gl.minimum(number + 1, sizes.total - 1) // sizes.tiles
-        next_expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS)
+        next_expert = _expert_of(block, places, PLAN)
         row = number % sizes.tiles * PLAN.COLUMNS
         for step in range(0, sizes.steps, GROUP):
             # Steps of a row are neighbours in memory, and are asked for together.
@@ -99,7 +95,6 @@ def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
 def _load_h(ptrs, is_row, column, sizes, h, ACTIVATION: gl.constexpr, PLAN: gl.constexpr):
     """A step of h: as it is stored, or the activation of sums over parts of the depth."""
     mask = is_row[:, None] & (column < sizes.depth)[None, :]
-    KIND: gl.constexpr = ACTIVATION.KIND
     ptrs += column[None, :]
     if PLAN.SPLITS == 1:
         value = gl.load(ptrs, mask=mask, other=0.0)
@@ -117,16 +112,7 @@ def _load_h(ptrs, is_row, column, sizes, h, ACTIVATION: gl.constexpr, PLAN: gl.c
                 up += gl.load(up_ptrs, mask=mask, other=0.0)
                 up += gl.load(up_ptrs + h.stride_split, mask=mask, other=0.0)
             ptrs += 2 * h.stride_split
-        value = _activate(
-            gate,
-            up,
-            ACTIVATION.IS_GATED,
-            KIND,
-            ACTIVATION.ALPHA,
-            ACTIVATION.CLAMP,
-            ACTIVATION.IS_OUTPUT_CLAMPED,
-            ACTIVATION.UP_OFFSET,
-        )
+        value = _activate(gate, up, ACTIVATION)
         value = gl.where(mask, value, 0.0)
     return value
 
@@ -153,14 +139,14 @@ def _encode_rows(
     gdc_wait()
     for number in range(first, last):
         block = number // sizes.tiles
-        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, row_layout)
+        choice = _choices_of(block, places, row_layout, PLAN)
         is_row = choice >= 0
         ptrs = h.data + gl.maximum(choice, 0).to(gl.int64)[:, None] * h.stride_row
         # As many pointers as rows: what all threads agree on goes to registers that wait for it.
         scale_ptr_0 = w.scale + choice * 0
         scale_ptr_1 = scale_ptr_0
         if PLAN.HAS_STEP_SCALE:
-            expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS)
+            expert = _expert_of(block, places, PLAN)
             scale_ptr_0 += expert.to(gl.int64) * w.stride_expert
             # Past the last row there is no scale: the second half may lie there.
             first_row = number % sizes.tiles * PLAN.COLUMNS
@@ -177,7 +163,7 @@ def _encode_rows(
             for step in range(sizes.steps):
                 value = _load_h(ptrs, is_row, step * WIDTH + column, sizes, h, ACTIVATION, PLAN)
                 amax = gl.maximum(amax, gl.max(_magnitude_bits(value), axis=1))
-            scale = _own_scale(amax, ENCODING)
+            scale = _scale_of_amax(amax, ENCODING)
         for step in range(sizes.steps):
             if PLAN.HAS_STEP_SCALE:
                 scale_0 = gl.load(scale_ptr_0 + step * w.stride_step)
@@ -214,9 +200,9 @@ def _store_rows(
         if PLAN.SCALE_ROWS == 0:
             y = y * (scale * gl.load(w_scale_ptr))[None, :]
         else:
-            y = y * (_of_rows(w_scale_ptr, row, sizes.columns, 0.0) * scale[None, :])
+            y = y * (_of_rows(w_scale_ptr, row, sizes.columns) * scale[None, :])
     if PLAN.HAS_BIAS:
-        y += _of_rows(bias_ptr, row, sizes.columns, 0.0)
+        y += _of_rows(bias_ptr, row, sizes.columns)
     # Neighbouring columns of y are a thread's.
     stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 4], [0, 1])
     y = gl.convert_layout(y, stored).to(y_ptr.dtype.element_ty)
@@ -265,11 +251,11 @@ def _compute(h, w, y_ptr, places, ring, sizes, PLAN: gl.constexpr):
                     y_1 += part_1
             mbarrier.arrive(ring.empty.index(stage))
             count += 1
-        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, slot_layout)
+        choice = _choices_of(block, places, slot_layout, PLAN)
         w_scale_ptr = w.scale
         bias_ptr = w.bias
         if PLAN.HAS_BIAS or not PLAN.HAS_STEP_SCALE:
-            expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS).to(gl.int64)
+            expert = _expert_of(block, places, PLAN).to(gl.int64)
             bias_ptr += expert * sizes.columns
             w_scale_ptr += expert * w.stride_expert
         if PLAN.SOURCE == STATIC:
@@ -302,16 +288,8 @@ def _decode_down_kernel(
     LIGHT: gl.constexpr = 80 if PLAN.SPLITS > 1 else 64
     REGISTERS: gl.constexpr = 72 if PLAN.SOURCE == PER_ROW else LIGHT
     ring = _allocate_ring(w_desc, PLAN)
-    places = _allocate_places(tables, PLAN.COUNT)
-    num_choices = num_tokens * ids.num_choices
-    if PLAN.COUNT > 0:
-        blocks = _sort_choices(
-            ids, num_choices, num_experts, places, PLAN.HAS_MAP, PLAN.COUNT, PLAN.ROWS
-        )
-    else:
-        blocks = gl.load(tables.num_used) // PLAN.ROWS
-    tiles, steps = gl.cdiv(num_columns, PLAN.COLUMNS), gl.cdiv(depth, WIDTH)
-    sizes = Sizes(blocks * tiles, tiles, steps, depth, num_columns, num_choices)
+    places = _allocate_places(tables, PLAN)
+    sizes = _sizes_of(ids, places, num_tokens, num_experts, depth, num_columns, 1, PLAN)
     gl.warp_specialize(
         [
             (_compute, (h, w, y_ptr, places, ring, sizes, PLAN)),
@@ -351,7 +329,7 @@ def decode_down(
         config.group,
         config.splits,
         count,
-        ids.expert_map is not ids.ids,
+        ids.has_map,
         source,
         has_steps(w.format),
         scale_rows(w),
@@ -361,9 +339,7 @@ def decode_down(
     num_blocks = min(num_choices, num_choices // config.rows + num_experts)
     scale = h if input_scale is None else input_scale
     _decode_down_kernel[(min(config.resident * num_sms(h.device), num_blocks * num_tiles),)](
-        TensorDescriptor.from_tensor(
-            w.data, [1, config.columns, STEP], gl.NVMMASharedLayout(STEP, 8, 3)
-        ),
+        bytes_by_tma(w.data, [1, config.columns, STEP]),
         Sums(h, h.stride(-2), h.stride(0), max(config.splits // 2, 1), scale),
         scales_of(w, experts.w2_bias),
         y,

@@ -17,15 +17,9 @@ from octomoe.core.experts import ExpertWeights, static_scale
 from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
-from octomoe.kernels.build_routing import _load_experts, build_blocks
+from octomoe.kernels.build_routing import Ids, _load_experts, build_blocks, ids_of
 from octomoe.kernels.chain import _wait_for_predecessor, chain_arguments
-from octomoe.kernels.decode_choices_sm90 import (
-    MOST_SORTED,
-    Ids,
-    ids_of,
-    sorted_inside,
-    tables_of,
-)
+from octomoe.kernels.decode_choices_sm90 import MOST_SORTED, sorted_inside, tables_of
 from octomoe.kernels.decode_down_sm90 import decode_down
 from octomoe.kernels.decode_up_sm90 import decode_up
 from octomoe.kernels.expert_tiles import has_steps
@@ -93,15 +87,13 @@ def fused_moe(
 ) -> Tensor:
     """``[T, D] -> [T, D]``; see `octomoe.fused_moe`."""
     routed = None
-    is_sorted = config.is_sorted or topk_ids.numel() > MOST_SORTED
-    if is_sorted:
+    if is_sorted := sorts_before(topk_ids, config):
         routed = build_blocks(
             topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
         )
     x: Tensor | QTensor = hidden_states.contiguous()
-    scale = static_scale(experts.w13_input_scale, activation_format)
-    # A scale that is a row's own comes from all of it.
-    if config.is_encoded or not (has_steps(activation_format) or scale is not None):
+    if encodes_before(experts, activation_format, config):
+        scale = static_scale(experts.w13_input_scale, activation_format)
         x = quantize(hidden_states, activation_format, scale=scale, is_chained=is_sorted)
     return experts_forward(
         x,
@@ -114,6 +106,18 @@ def fused_moe(
         expert_map=expert_map,
         config=config,
     )
+
+
+def sorts_before(topk_ids: Tensor, config: DecodeConfig) -> bool:
+    """Whether choices are sorted before the three kernels, and not by each of their programs."""
+    return config.is_sorted or topk_ids.numel() > MOST_SORTED
+
+
+def encodes_before(experts: ExpertWeights, format: Format, config: DecodeConfig) -> bool:
+    """Whether rows are quantised before the three kernels, and not on their way."""
+    # A scale that is a row's own comes from all of it.
+    is_static = static_scale(experts.w13_input_scale, format) is not None
+    return config.is_encoded or not (has_steps(format) or is_static)
 
 
 def experts_forward(
@@ -160,7 +164,7 @@ def combine(
         num_columns,
         *topk_weights.stride(),
         factor,
-        HAS_MAP=ids.expert_map is not ids.ids,
+        HAS_MAP=ids.has_map,
         CHOICES=topk_weights.shape[1],
         TILE_COLUMNS=columns,
         num_warps=max(min(columns // 256, 8), 1),

@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
-from octomoe.core.formats import ALL, Format
+from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.chain import chain_arguments
+from octomoe.kernels.decode_choices_sm90 import _sort_choices
 from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.gluon_shim import (
     fence_async_shared,
@@ -89,11 +90,6 @@ def source_of(x: Tensor | QTensor, format: Format, is_static: bool) -> int:
     return STATIC.value if is_static else PER_ROW.value
 
 
-def scale_rows(w: QTensor) -> int:
-    """Rows that a scale of weights serves, 0 for all."""
-    return 0 if w.format.block[1] == ALL else w.format.block[1]
-
-
 def launch_of(num_warps: int, resident: int) -> dict[str, Any]:
     """How a program of `num_warps` in all is launched, and its registers until roles are taken.
 
@@ -128,6 +124,27 @@ def _allocate_ring(w_desc, PLAN: gl.constexpr):
 
 
 @gluon.jit
+def _sizes_of(
+    ids,
+    places,
+    num_tokens,
+    num_experts,
+    depth,
+    num_columns,
+    SPLITS: gl.constexpr,
+    PLAN: gl.constexpr,
+):
+    """How much there is to do, known when choices have their slots; by four warps."""
+    num_choices = num_tokens * ids.num_choices
+    if PLAN.COUNT > 0:
+        blocks = _sort_choices(ids, num_choices, num_experts, places, PLAN)
+    else:
+        blocks = gl.load(places.tables.num_used) // PLAN.ROWS
+    tiles, steps = gl.cdiv(num_columns, PLAN.COLUMNS), gl.cdiv(depth, WIDTH)
+    return Sizes(blocks * tiles * SPLITS, tiles, steps, depth, num_columns, num_choices)
+
+
+@gluon.jit
 def _wait_for_room(ring, count, PLAN: gl.constexpr):
     """Wait until the stage of step number `count` has been read."""
     stage = count % PLAN.STAGES
@@ -143,30 +160,17 @@ def _bring_step(w_desc, place, ring, count, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def _own_scale(amax_bits, ENCODING: gl.constexpr):
-    """The scale for the largest magnitude of a block, given as its bits."""
-    return _scale_of_amax(
-        amax_bits,
-        ENCODING.TARGET,
-        ENCODING.TARGET_EXPONENT,
-        ENCODING.TARGET_MANTISSA,
-        ENCODING.IS_POW2,
-        ENCODING.IS_E8M0,
-    )
-
-
-@gluon.jit
 def _encode_step(value, scale, SOURCE: gl.constexpr, ENCODING: gl.constexpr):
     """A step of rows in 8 bits, and the scales of these rows; `scale` is what they bring along."""
     if SOURCE == PER_STEP:
         amax = gl.max(_magnitude_bits(value), axis=1)
         # Zeros are zeros under any scale; a division that meets a tiny number takes a long way.
         largest: gl.constexpr = (ENCODING.TARGET_EXPONENT << 23) + ENCODING.TARGET_MANTISSA
-        scale = _own_scale(gl.where(amax == 0, largest, amax), ENCODING)
+        scale = _scale_of_amax(gl.where(amax == 0, largest, amax), ENCODING)
     if SOURCE == STATIC:
-        encoded = _encode(value, scale[:, None], ENCODING.LIMIT, ENCODING.IS_E5M2, ENCODING.HAS_NAN)
+        encoded = _encode(value, scale[:, None], ENCODING)
     else:
-        encoded = _encode_own(value, scale[:, None], ENCODING.IS_POW2, ENCODING.IS_E5M2)
+        encoded = _encode_own(value, scale[:, None], ENCODING)
     return encoded, scale
 
 
@@ -203,7 +207,7 @@ def _product(w, x, zero):
 
 
 @gluon.jit
-def _of_rows(ptr, row, num_rows, mask_value):
+def _of_rows(ptr, row, num_rows):
     """A value for each weight row, a scale or a bias, as a column."""
-    value = gl.load(ptr + row, mask=row < num_rows, other=mask_value)
+    value = gl.load(ptr + row, mask=row < num_rows, other=0.0)
     return value.to(gl.float32)[:, None]

@@ -17,36 +17,32 @@ from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.activations import _activate, nonlinearity_of
+from octomoe.kernels.build_routing import Ids
 from octomoe.kernels.decode_choices_sm90 import (
-    Ids,
     Tables,
     _allocate_places,
     _choices_of,
     _expert_of,
-    _sort_choices,
 )
 from octomoe.kernels.decode_tiles_sm90 import (
     GIVEN,
     STATIC,
     WIDTH,
     Plan,
-    Sizes,
     _allocate_ring,
     _bring_step,
     _encode_step,
     _of_rows,
     _product,
     _put_step,
+    _sizes_of,
     _step_scales,
     _wait_for_room,
     launch_of,
-    scale_rows,
     source_of,
 )
-from octomoe.kernels.encoding import format_encoding
-from octomoe.kernels.expert_tiles import STEP, has_steps
+from octomoe.kernels.expert_tiles import STEP, has_steps, scale_rows
 from octomoe.kernels.gluon_shim import (
-    TensorDescriptor,
     copy_rows,
     gl,
     gluon,
@@ -54,7 +50,8 @@ from octomoe.kernels.gluon_shim import (
     rows_arrive,
     seen_as,
 )
-from octomoe.kernels.tiles_sm90 import Rows, rows_of, scales_of
+from octomoe.kernels.scaling import format_encoding
+from octomoe.kernels.tiles_sm90 import bytes_by_tma, rows_of, scales_of
 from octomoe.tune.configs import DecodeConfig
 
 
@@ -75,12 +72,12 @@ def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
     GROUP: gl.constexpr = PLAN.GROUP
     count = 0
     ahead = gl.minimum(gl.program_id(0), sizes.total - 1)
-    next_expert = _expert_of(ahead // PLAN.SPLITS // sizes.tiles, places, PLAN.COUNT, PLAN.ROWS)
+    next_expert = _expert_of(ahead // PLAN.SPLITS // sizes.tiles, places, PLAN)
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
         _, tile, first, last = _locate(number, sizes, PLAN)
         expert = next_expert
         ahead = gl.minimum(number + gl.num_programs(0), sizes.total - 1)
-        next_expert = _expert_of(ahead // PLAN.SPLITS // sizes.tiles, places, PLAN.COUNT, PLAN.ROWS)
+        next_expert = _expert_of(ahead // PLAN.SPLITS // sizes.tiles, places, PLAN)
         for step in range(first, last, GROUP):
             # Steps of a row are neighbours in memory, and are asked for together.
             for i in gl.static_range(GROUP):
@@ -103,7 +100,7 @@ def _scale_ptrs(block, tile, w, places, sizes, rows, PARTS: gl.constexpr, PLAN: 
     gate_ptrs = w.scale + rows * 0
     up_ptrs = gate_ptrs
     if PLAN.HAS_STEP_SCALE:
-        expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS).to(gl.int64)
+        expert = _expert_of(block, places, PLAN).to(gl.int64)
         gate_ptrs += expert * w.stride_expert
         gate_ptrs += tile * PLAN.COLUMNS // SCALE_ROWS * w.stride_row
         up_ptrs = gate_ptrs
@@ -121,7 +118,7 @@ def _copy_rows(x, w, ids, places, ring, sizes, PARTS: gl.constexpr, PLAN: gl.con
     count = 0
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
         block, tile, first, last = _locate(number, sizes, PLAN)
-        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, gl.SliceLayout(1, layout))
+        choice = _choices_of(block, places, gl.SliceLayout(1, layout), PLAN)
         is_row = (choice >= 0)[:, None]
         token = gl.maximum(choice, 0) // ids.num_choices
         ptrs = x.data + (token.to(gl.int64)[:, None] * x.stride_row + column[None, :])
@@ -170,7 +167,7 @@ def _encode_rows(
     count = 0
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
         block, tile, first, last = _locate(number, sizes, PLAN)
-        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, row_layout)
+        choice = _choices_of(block, places, row_layout, PLAN)
         is_row = choice >= 0
         token = gl.maximum(choice, 0) // ids.num_choices
         ptrs = x.data + token.to(gl.int64)[:, None] * x.stride_row + column[None, :]
@@ -231,7 +228,6 @@ def _compute(
     flat: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, 2)
     ROWS: gl.constexpr = PLAN.COLUMNS * PARTS
     SLOTS: gl.constexpr = PLAN.ROWS
-    KIND: gl.constexpr = ACTIVATION.KIND
     zero = gl.zeros((ROWS, SLOTS), gl.float32, mma)
     nothing = _parts(zero, PARTS)[0]
     tile_layout: gl.constexpr = nothing.type.layout
@@ -261,11 +257,11 @@ def _compute(
             count += 1
 
         # Scale, where scales do not change by the step, and add biases.
-        choice = _choices_of(block, places, PLAN.COUNT, PLAN.ROWS, slot_layout)
+        choice = _choices_of(block, places, slot_layout, PLAN)
         row = tile * PLAN.COLUMNS
         row += gl.arange(0, PLAN.COLUMNS, layout=gl.SliceLayout(1, tile_layout))
         if PLAN.HAS_BIAS or not PLAN.HAS_STEP_SCALE:
-            expert = _expert_of(block, places, PLAN.COUNT, PLAN.ROWS).to(gl.int64)
+            expert = _expert_of(block, places, PLAN).to(gl.int64)
         if not PLAN.HAS_STEP_SCALE:
             token = gl.maximum(choice, 0) // ids.num_choices
             x_scale = gl.load(x.scale + token * x.scale_stride_row)[None, :]
@@ -275,31 +271,22 @@ def _compute(
                 gate = gate * x_scale
                 up = up * x_scale
             else:
-                gate = gate * (_of_rows(w_scale_ptr, row, sizes.columns, 0.0) * x_scale)
+                gate = gate * (_of_rows(w_scale_ptr, row, sizes.columns) * x_scale)
                 w_scale_ptr += sizes.columns
                 if PARTS == 2:
-                    up = up * (_of_rows(w_scale_ptr, row, sizes.columns, 0.0) * x_scale)
+                    up = up * (_of_rows(w_scale_ptr, row, sizes.columns) * x_scale)
         # Known by its number: of a short depth, the first part has no steps.
         if PLAN.HAS_BIAS and number % PLAN.SPLITS == 0:
             bias_ptr = w.bias + expert * (sizes.columns * PARTS)
-            gate += _of_rows(bias_ptr, row, sizes.columns, 0.0)
+            gate += _of_rows(bias_ptr, row, sizes.columns)
             if PARTS == 2:
-                up += _of_rows(bias_ptr + sizes.columns, row, sizes.columns, 0.0)
+                up += _of_rows(bias_ptr + sizes.columns, row, sizes.columns)
 
         # Activate, and store.
         is_inside = (choice >= 0)[None, :] & (row < sizes.columns)[:, None]
         place = gl.maximum(choice, 0).to(gl.int64)
         if PLAN.SPLITS == 1:
-            h = _activate(
-                gate,
-                up,
-                ACTIVATION.IS_GATED,
-                KIND,
-                ACTIVATION.ALPHA,
-                ACTIVATION.CLAMP,
-                ACTIVATION.IS_OUTPUT_CLAMPED,
-                ACTIVATION.UP_OFFSET,
-            )
+            h = _activate(gate, up, ACTIVATION)
             gl.store(h_ptr + place[None, :] * sizes.columns + row[:, None], h, mask=is_inside)
         else:
             place += number % PLAN.SPLITS * sizes.choices
@@ -327,21 +314,12 @@ def _decode_up_kernel(
 ):
     PARTS: gl.constexpr = 2 if ACTIVATION.IS_GATED else 1
     ring = _allocate_ring(w_desc, PLAN)
-    places = _allocate_places(tables, PLAN.COUNT)
+    places = _allocate_places(tables, PLAN)
 
     # What follows reads ids before it waits for this: they must be there.
     gdc_wait()
     gdc_launch_dependents()
-    num_choices = num_tokens * ids.num_choices
-    if PLAN.COUNT > 0:
-        blocks = _sort_choices(
-            ids, num_choices, num_experts, places, PLAN.HAS_MAP, PLAN.COUNT, PLAN.ROWS
-        )
-    else:
-        blocks = gl.load(tables.num_used) // PLAN.ROWS
-    tiles, steps = gl.cdiv(num_columns, PLAN.COLUMNS), gl.cdiv(depth, WIDTH)
-    total = blocks * tiles * PLAN.SPLITS
-    sizes = Sizes(total, tiles, steps, depth, num_columns, num_choices)
+    sizes = _sizes_of(ids, places, num_tokens, num_experts, depth, num_columns, PLAN.SPLITS, PLAN)
     if PLAN.SOURCE == GIVEN:
         gl.warp_specialize(
             [
@@ -392,13 +370,12 @@ def decode_up(
     columns = 128 // parts
     num_tiles = triton.cdiv(width, columns) * config.splits
     num_blocks = min(num_choices, num_choices // config.rows + num_experts)
-    box = [1, columns // 8, parts, 8, STEP]
     eights = w.data.view(num_experts, parts, width // 8, 8, depth).permute(0, 2, 1, 3, 4)
     input_scale = experts.w13_input_scale
     source = source_of(x, format, input_scale is not None)
     rows = rows_of(x)
     if input_scale is not None and source == STATIC.value:
-        rows = Rows(data, data.stride(0), input_scale, 0, 0)
+        rows = rows._replace(scale=input_scale)
     plan = Plan(
         config.rows,
         columns,
@@ -406,14 +383,14 @@ def decode_up(
         config.group,
         config.splits,
         count,
-        ids.expert_map is not ids.ids,
+        ids.has_map,
         source,
         has_steps(w.format),
         scale_rows(w),
         experts.w13_bias is not None,
     )
     _decode_up_kernel[(min(config.resident * num_sms(data.device), num_blocks * num_tiles),)](
-        TensorDescriptor.from_tensor(eights, box, gl.NVMMASharedLayout(STEP, 8, 5)),
+        bytes_by_tma(eights, [1, columns // 8, parts, 8, STEP]),
         rows,
         scales_of(w, experts.w13_bias),
         h,

@@ -1,9 +1,9 @@
 """From a tile of values to bytes and scales: what every kernel that quantises does with its tile.
 
 A kernel loads or computes the values of a tile, in whatever way; then either each scale block lies
-in the tile (`_tile_amax`, `_store_tile`, or `_own_amax`, `_store_own`), or a first kernel shares
-magnitudes between tiles by atomic maxima, whose order does not matter (`_share_amax`), and a second
-one encodes under these, or under given scales (`_store_encoded`).
+in the tile (`_own_amax`, `_store_own`), or a first kernel shares magnitudes between tiles by atomic
+maxima, whose order does not matter (`_share_amax`), and a second one encodes under these, or under
+given scales (`_store_encoded`).
 """
 
 from typing import Any, NamedTuple
@@ -14,36 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from octomoe.core.formats import ALL, Format
-from octomoe.core.layouts import COMPACT, ScaleLayout
+from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.layouts import _scale_offset, as_bytes, empty_scale, scale_strides
 from octomoe.kernels.scaling import (
+    Encoding,
     _encode,
     _encode_own,
     _loaded_scale,
     _magnitude_bits,
     _scale_of_amax,
     _stored_scale,
-    scaling_arguments,
+    format_encoding,
 )
 from octomoe.tune.configs import TileConfig
-
-
-class Encoding(NamedTuple):
-    """A format and a layout as compile-time values; blocks of 0 span their axis."""
-
-    BLOCK_EXPERTS: int
-    BLOCK_ROWS: int
-    BLOCK_COLUMNS: int
-    IS_INTERLEAVED: bool
-    TARGET: float
-    TARGET_EXPONENT: int
-    TARGET_MANTISSA: int
-    LIMIT: float
-    IS_POW2: bool
-    IS_E8M0: bool
-    IS_E5M2: bool
-    HAS_NAN: bool
 
 
 class Output(NamedTuple):
@@ -77,13 +61,6 @@ def empty_quantized(
 def encoding_of(q: QTensor) -> Encoding:
     """How to encode as `q` is."""
     return format_encoding(q.format, q.layout)
-
-
-def format_encoding(format: Format, layout: ScaleLayout = COMPACT) -> Encoding:
-    """How to encode in a format."""
-    experts, rows, columns = (max(size, 0) for size in format.block)
-    is_interleaved = layout == ScaleLayout.INTERLEAVED
-    return Encoding(experts, rows, columns, is_interleaved, **scaling_arguments(format))
 
 
 def output_of(q: QTensor) -> Output:
@@ -158,89 +135,17 @@ def _columns(tile_column, TILE_COLUMNS: tl.constexpr, NEIGHBORS: tl.constexpr):
 
 
 @triton.jit
-def _tile_amax(x, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Largest magnitude of each scale block of a tile, as bits: [block row, block column]."""
-    NUM_ROWS: tl.constexpr = x.shape[0] // BLOCK_ROWS
+def _own_amax(x, ENCODING: tl.constexpr):
+    """Largest magnitude of each scale block of a tile, as bits: [block row, block column].
+
+    A tile holds whole rows where a block does.
+    """
+    BLOCK_COLUMNS: tl.constexpr = ENCODING.BLOCK_COLUMNS or x.shape[1]
+    NUM_ROWS: tl.constexpr = x.shape[0] // ENCODING.BLOCK_ROWS
     NUM_COLUMNS: tl.constexpr = x.shape[1] // BLOCK_COLUMNS
     # [block row, row in block, block column, column in block]
-    blocks = tl.reshape(x, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
+    blocks = tl.reshape(x, [NUM_ROWS, ENCODING.BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
     return tl.max(tl.max(_magnitude_bits(blocks), axis=3), axis=1)
-
-
-@triton.jit
-def _store_tile(
-    x,
-    amax_bits,
-    tile_row,
-    tile_column,
-    num_rows,
-    num_columns,
-    data_ptr,
-    data_stride_row,
-    scale_ptr,
-    scale_stride_row,
-    scale_stride_column,
-    first_scale,
-    num_column_atoms,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
-    TARGET: tl.constexpr,
-    TARGET_EXPONENT: tl.constexpr,
-    TARGET_MANTISSA: tl.constexpr,
-    IS_POW2: tl.constexpr,
-    IS_E8M0: tl.constexpr,
-    IS_E5M2: tl.constexpr,
-    random=None,
-    LIMIT: tl.constexpr = None,
-    NEIGHBORS: tl.constexpr = 16,
-):
-    """Store a tile under the scales of its magnitudes, and these scales.
-
-    `num_columns` is where the tile's matrix ends; in memory it may be part of longer rows, whose
-    scales then start at column `first_scale`. With random bits it is rounded stochastically.
-    """
-    TILE_ROWS: tl.constexpr = x.shape[0]
-    TILE_COLUMNS: tl.constexpr = x.shape[1]
-    NUM_ROWS: tl.constexpr = TILE_ROWS // BLOCK_ROWS
-    NUM_COLUMNS: tl.constexpr = TILE_COLUMNS // BLOCK_COLUMNS
-    scale = _scale_of_amax(amax_bits, TARGET, TARGET_EXPONENT, TARGET_MANTISSA, IS_POW2, IS_E8M0)
-    blocks = tl.reshape(x, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
-    if random is not None:
-        random = tl.reshape(random, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
-    data = _encode_own(blocks, scale[:, None, :, None], IS_POW2, IS_E5M2, random, LIMIT)
-
-    row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = _columns(tile_column, TILE_COLUMNS, NEIGHBORS)
-    tl.store(
-        data_ptr + row.to(tl.int64)[:, None] * data_stride_row + column[None, :],
-        tl.reshape(data, [TILE_ROWS, TILE_COLUMNS]),
-        mask=(row < num_rows)[:, None] & (column < num_columns)[None, :],
-    )
-    block_row = tile_row * NUM_ROWS + tl.arange(0, NUM_ROWS)
-    block_column = tile_column * NUM_COLUMNS + tl.arange(0, NUM_COLUMNS)
-    # A row of no columns has a scale all the same.
-    has_columns = (block_column == 0) | (block_column * BLOCK_COLUMNS < num_columns)
-    scale_offset = _scale_offset(
-        block_row[:, None],
-        first_scale + block_column[None, :],
-        scale_stride_row,
-        scale_stride_column,
-        num_column_atoms,
-        IS_INTERLEAVED,
-    )
-    tl.store(
-        scale_ptr + scale_offset,
-        _stored_scale(scale, IS_E8M0),
-        mask=(block_row * BLOCK_ROWS < num_rows)[:, None] & has_columns[None, :],
-    )
-
-
-@triton.jit
-def _own_amax(x, ENCODING: tl.constexpr):
-    """`_tile_amax` as an encoding wants it; a tile holds whole rows where a block does."""
-    BLOCK_COLUMNS: tl.constexpr = ENCODING.BLOCK_COLUMNS or x.shape[1]
-    return _tile_amax(x, ENCODING.BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -259,38 +164,49 @@ def _store_own(
     ENCODING: tl.constexpr,
     NEIGHBORS: tl.constexpr,
 ):
-    """`_store_tile` as an encoding wants it, into an output.
+    """Store a tile under the scales of its magnitudes, and these scales.
 
     The tile's matrix has `num_columns`; in memory it may be part of longer rows, from
-    `first_column` on.
+    `first_column` on. With random bits it is rounded stochastically.
     """
-    BLOCK_COLUMNS: tl.constexpr = ENCODING.BLOCK_COLUMNS or x.shape[1]
-    _store_tile(
-        x,
-        amax_bits,
-        tile_row,
-        tile_column,
-        num_rows,
-        num_columns,
-        out.data + expert * num_rows * data_stride_row + first_column,
-        data_stride_row,
-        out.scale + expert * out.stride_expert,
+    TILE_ROWS: tl.constexpr = x.shape[0]
+    TILE_COLUMNS: tl.constexpr = x.shape[1]
+    BLOCK_ROWS: tl.constexpr = ENCODING.BLOCK_ROWS
+    BLOCK_COLUMNS: tl.constexpr = ENCODING.BLOCK_COLUMNS or TILE_COLUMNS
+    NUM_ROWS: tl.constexpr = TILE_ROWS // BLOCK_ROWS
+    NUM_COLUMNS: tl.constexpr = TILE_COLUMNS // BLOCK_COLUMNS
+    data_ptr = out.data + expert * num_rows * data_stride_row + first_column
+    scale_ptr = out.scale + expert * out.stride_expert
+    first_scale = first_column // BLOCK_COLUMNS if ENCODING.BLOCK_COLUMNS else 0
+    scale = _scale_of_amax(amax_bits, ENCODING)
+    blocks = tl.reshape(x, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
+    if random is not None:
+        random = tl.reshape(random, [NUM_ROWS, BLOCK_ROWS, NUM_COLUMNS, BLOCK_COLUMNS])
+    data = _encode_own(blocks, scale[:, None, :, None], ENCODING, random)
+
+    row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = _columns(tile_column, TILE_COLUMNS, NEIGHBORS)
+    tl.store(
+        data_ptr + row.to(tl.int64)[:, None] * data_stride_row + column[None, :],
+        tl.reshape(data, [TILE_ROWS, TILE_COLUMNS]),
+        mask=(row < num_rows)[:, None] & (column < num_columns)[None, :],
+    )
+    block_row = tile_row * NUM_ROWS + tl.arange(0, NUM_ROWS)
+    block_column = tile_column * NUM_COLUMNS + tl.arange(0, NUM_COLUMNS)
+    # A row of no columns has a scale all the same.
+    has_columns = (block_column == 0) | (block_column * BLOCK_COLUMNS < num_columns)
+    scale_offset = _scale_offset(
+        block_row[:, None],
+        first_scale + block_column[None, :],
         out.stride_row,
         out.stride_column,
-        first_column // BLOCK_COLUMNS if ENCODING.BLOCK_COLUMNS else 0,
         out.num_column_atoms,
-        ENCODING.BLOCK_ROWS,
-        BLOCK_COLUMNS,
         ENCODING.IS_INTERLEAVED,
-        ENCODING.TARGET,
-        ENCODING.TARGET_EXPONENT,
-        ENCODING.TARGET_MANTISSA,
-        ENCODING.IS_POW2,
-        ENCODING.IS_E8M0,
-        ENCODING.IS_E5M2,
-        random,
-        ENCODING.LIMIT,
-        NEIGHBORS,
+    )
+    tl.store(
+        scale_ptr + scale_offset,
+        _stored_scale(scale, ENCODING.IS_E8M0),
+        mask=(block_row * BLOCK_ROWS < num_rows)[:, None] & has_columns[None, :],
     )
 
 
@@ -395,14 +311,7 @@ def _store_encoded(
     if IS_SCALE_GIVEN:
         scale = _loaded_scale(given_values, ENCODING.IS_E8M0)
     else:
-        scale = _scale_of_amax(
-            _magnitude_bits(given_values),
-            ENCODING.TARGET,
-            ENCODING.TARGET_EXPONENT,
-            ENCODING.TARGET_MANTISSA,
-            ENCODING.IS_POW2,
-            ENCODING.IS_E8M0,
-        )
+        scale = _scale_of_amax(_magnitude_bits(given_values), ENCODING)
     if not ENCODING.HAS_NAN:
         own_offset = (
             block_expert * own_amax.stride_expert
@@ -412,7 +321,7 @@ def _store_encoded(
         own_bits = _magnitude_bits(tl.load(own_amax.value + own_offset, mask=has_scale, other=0))
         scale = tl.where(own_bits > 0x7F800000, float("nan"), scale)
 
-    data = _encode(x, scale, ENCODING.LIMIT, ENCODING.IS_E5M2, ENCODING.HAS_NAN, random)
+    data = _encode(x, scale, ENCODING, random)
     data_row = expert * num_rows + row.to(tl.int64)
     data_offset = data_row[:, None] * data_stride_row + place[None, :]
     tl.store(out.data + data_offset, data, mask=is_inside)

@@ -31,6 +31,11 @@ def has_steps(format: Format | None) -> bool:
     return format is not None and format.block[2] == STEP
 
 
+def scale_rows(w: Weight) -> int:
+    """Rows that a scale of weights serves; 0 if that is all, or if there is none."""
+    return max(w.format.block[1], 0) if isinstance(w, QTensor) else 0
+
+
 def tile_arguments(
     w: Weight,
     bias: Tensor | None,
@@ -49,8 +54,8 @@ def tile_arguments(
         align: what the slots of an expert are a multiple of.
     """
     format = w.format if isinstance(w, QTensor) else None
-    scale_rows = 0 if format is None else max(format.block[1], 0)
-    is_one = scale_rows % tile.columns == 0 and w.shape[1] % max(2 * scale_rows, 1) == 0
+    served = scale_rows(w)
+    is_one = served % tile.columns == 0 and w.shape[1] % max(2 * served, 1) == 0
     return {
         "BLOCKS": align // tile.rows,
         "BLOCK_ROWS": tile.rows,
@@ -64,8 +69,8 @@ def tile_arguments(
         "HAS_ROW_SCALE": has_row_scale,
         "HAS_WEIGHT_SCALE": format is not None,
         "HAS_STEP_SCALE": has_steps(format),
-        "SCALE_ROWS": scale_rows,
-        "IS_ONE_SCALE": not scale_rows or (is_one and parts == 1),
+        "SCALE_ROWS": served,
+        "IS_ONE_SCALE": not served or (is_one and parts == 1),
         "HAS_BIAS": bias is not None,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

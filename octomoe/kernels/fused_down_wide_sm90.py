@@ -23,7 +23,7 @@ from octomoe.kernels.gluon_shim import (
     tma_store,
     tma_store_wait,
 )
-from octomoe.kernels.tiles_sm90 import Sizes, _tile_of, slots_of
+from octomoe.kernels.tiles_sm90 import Sizes, _tile_of, bytes_by_tma, slots_of
 from octomoe.kernels.wide_tiles_sm90 import (
     GROUP_ROWS,
     WIDTH,
@@ -149,10 +149,9 @@ def fused_down(
     if y.numel() == 0:
         return y
     layout = gl.NVMMASharedLayout(STEP, 16, 2)
-    w_layout = gl.NVMMASharedLayout(STEP, 8, 3)
     _down_kernel[grid_of(routing, config, triton.cdiv(num_columns, COLUMNS.value))](
         TensorDescriptor.from_tensor(h, [config.rows, STEP], layout),
-        TensorDescriptor.from_tensor(w.data.view(uint8), [1, STEP, STEP], w_layout),
+        bytes_by_tma(w.data.view(uint8), [1, STEP, STEP]),
         TensorDescriptor.from_tensor(y, [config.rows, GROUP_ROWS.value], layout),
         scales_of(w, experts.w2_bias),
         slots_of(routing, expert_of_block),

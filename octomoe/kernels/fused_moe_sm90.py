@@ -62,7 +62,7 @@ def fused_moe(
                 config=config,
             )
         case PrefillConfig():
-            run = _prefill if meets_in_8_bits(experts, activation_format) else wide.fused_moe
+            run = _prefill if meets_in_8_bits(activation_format) else wide.fused_moe
             return run(
                 *arguments,
                 activation_format=activation_format,
@@ -90,7 +90,7 @@ def choose(
     num_experts, width = experts.num_experts, experts.intermediate_size
     target = target_of(hidden_states.device)
     sizes = (num_tokens, num_choices, num_experts)
-    if not meets_in_8_bits(experts, format):
+    if not meets_in_8_bits(format):
         return wide_config(*sizes, target, has_room=wide.has_room(experts))
     assert format is not None
     can_decode = decode.why_not(experts, num_choices, format) is None
@@ -172,15 +172,15 @@ def why_not(
     return None if reason is None or wide.why_not(experts, format) is None else reason
 
 
-def meets_in_8_bits(experts: ExpertWeights, format: Format | None) -> bool:
-    """Whether tensor cores get both operands in 8 bits."""
-    return _why_not_8_bits(experts, format) is None
+def meets_in_8_bits(format: Format | None) -> bool:
+    """Whether tensor cores get both operands in 8 bits, of a layer that these kernels can do."""
+    return format is not None and _is_known(format)
 
 
 def _why_not_8_bits(experts: ExpertWeights, format: Format | None) -> str | None:
     """What keeps the operands from meeting in 8 bits."""
     steps = has_steps(format)
-    if format is None or not _is_known(format):
+    if not meets_in_8_bits(format):
         return "activations are not E4M3 with float32 scales"
     if not all(_has_tiles(w, steps) for w in (experts.w13, experts.w2)):
         return "weights are not E4M3 with float32 scales of rows, or of 128 x 128 blocks, in place"

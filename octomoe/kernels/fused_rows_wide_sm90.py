@@ -6,8 +6,6 @@ Quantised rows are rounded to what their format can say, which for E8M0 scales i
 One reading and one writing of rows, bound by their bytes.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,47 +13,16 @@ from torch import Tensor
 
 from octomoe.core.formats import Format
 from octomoe.kernels.chain import _start_dependents, _wait_for_predecessor, chain_arguments
-from octomoe.kernels.scaling import (
-    _encode_own,
-    _magnitude_bits,
-    _scale_of_amax,
-    scaling_arguments,
-)
+from octomoe.kernels.scaling import _encode_own, _magnitude_bits, _scale_of_amax, format_encoding
 
-# Scale block of what is rounded.
-_BLOCK = tl.constexpr(32)
 _ROWS, _COLUMNS = 8, 256
 
 
-class Rounding(NamedTuple):
-    """What a format with E8M0 scales rounds to, as compile-time values."""
-
-    TARGET: float
-    TARGET_EXPONENT: int
-    TARGET_MANTISSA: int
-    IS_E5M2: bool
-
-
-def rounding_of(format: Format | None) -> Rounding | None:
-    """A format as kernels see it."""
-    if format is None:
-        return None
-    arguments = scaling_arguments(format)
-    return Rounding(*(arguments[name] for name in Rounding._fields))
-
-
 @triton.jit
-def _rounded(x, amax_bits, ROUNDING: tl.constexpr):
+def _rounded(x, amax_bits, ENCODING: tl.constexpr):
     """What x would be if its blocks, with these largest magnitudes, were quantised; float32."""
-    scale = _scale_of_amax(
-        amax_bits,
-        ROUNDING.TARGET,
-        ROUNDING.TARGET_EXPONENT,
-        ROUNDING.TARGET_MANTISSA,
-        True,
-        True,
-    )
-    return _encode_own(x, scale, True, ROUNDING.IS_E5M2).to(tl.float32) * scale
+    scale = _scale_of_amax(amax_bits, ENCODING)
+    return _encode_own(x, scale, ENCODING).to(tl.float32) * scale
 
 
 @triton.jit
@@ -67,7 +34,7 @@ def _rows_kernel(
     stride_row,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    ENCODING: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
     _start_dependents(IS_CHAINED)
@@ -78,10 +45,11 @@ def _rows_kernel(
     is_inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     offset = row.to(tl.int64)[:, None] * stride_row + column[None, :]
     x = tl.load(x_ptr + offset, mask=is_inside, other=0.0)
-    if ROUNDING is not None:
-        x = tl.reshape(x, [ROWS, COLUMNS // _BLOCK, _BLOCK])
+    if ENCODING is not None:
+        BLOCK: tl.constexpr = ENCODING.BLOCK_COLUMNS
+        x = tl.reshape(x, [ROWS, COLUMNS // BLOCK, BLOCK])
         amax = tl.max(_magnitude_bits(x), axis=2, keep_dims=True)
-        x = _rounded(x, amax, ROUNDING).to(tl.bfloat16)
+        x = _rounded(x, amax, ENCODING).to(tl.bfloat16)
     x = tl.permute(tl.reshape(x, [ROWS, COLUMNS // 16, 4, 2, 2]), [0, 1, 3, 2, 4])
     x = tl.reshape(x, [ROWS, COLUMNS])
     offset = row.to(tl.int64)[:, None] * num_columns + column[None, :]
@@ -103,7 +71,7 @@ def rows_in_order(x: Tensor, format: Format | None, *, is_chained: bool = False)
             x.stride(0),
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
-            ROUNDING=rounding_of(format),
+            ENCODING=None if format is None else format_encoding(format),
             IS_CHAINED=is_chained,
             num_warps=4,
             **chain_arguments(is_chained),

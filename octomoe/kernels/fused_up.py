@@ -60,18 +60,7 @@ def _store_activated(
     ACTIVATION: tl.constexpr,
 ):
     """Store a tile of act(gate, up): encoded if there is an encoding, else as h has it."""
-    # Triton 3.6 passes a string on only if it has a name.
-    KIND: tl.constexpr = ACTIVATION.KIND
-    y = _activate(
-        gate,
-        up,
-        ACTIVATION.IS_GATED,
-        KIND,
-        ACTIVATION.ALPHA,
-        ACTIVATION.CLAMP,
-        ACTIVATION.IS_OUTPUT_CLAMPED,
-        ACTIVATION.UP_OFFSET,
-    )
+    y = _activate(gate, up, ACTIVATION)
     y = tl.where(is_inside, y, 0.0)
     if ENCODING is not None:
         _store_own(

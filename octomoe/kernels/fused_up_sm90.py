@@ -183,7 +183,6 @@ def _compute(
 ):
     """Multiply, scale, activate, encode and store 64 slots of every tile of this program."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
-    KIND: gl.constexpr = ACTIVATION.KIND
     PARTS: gl.constexpr = 2 if ACTIVATION.IS_GATED else 1
     SCALE_ROWS: gl.constexpr = max(PLAN.SCALE_ROWS, 1)
     count = 0
@@ -237,26 +236,10 @@ def _compute(
                 up = _promote(bias, 1.0, up)
 
         # Activate, and store.
-        y = _activate(
-            gate,
-            up,
-            ACTIVATION.IS_GATED,
-            KIND,
-            ACTIVATION.ALPHA,
-            ACTIVATION.CLAMP,
-            ACTIVATION.IS_OUTPUT_CLAMPED,
-            ACTIVATION.UP_OFFSET,
-        )
+        y = _activate(gate, up, ACTIVATION)
         if ENCODING is not None:
-            scale = _scale_of_amax(
-                gl.max(_magnitude_bits(y), axis=1),
-                ENCODING.TARGET,
-                ENCODING.TARGET_EXPONENT,
-                ENCODING.TARGET_MANTISSA,
-                ENCODING.IS_POW2,
-                ENCODING.IS_E8M0,
-            )
-            encoded = _encode_own(y, scale[:, None], ENCODING.IS_POW2, ENCODING.IS_E5M2)
+            scale = _scale_of_amax(gl.max(_magnitude_bits(y), axis=1), ENCODING)
+            encoded = _encode_own(y, scale[:, None], ENCODING)
             h_buf = ring.h.index(NUMBER)
             tma_store_wait(0)
             h_buf.store(encoded)

@@ -22,7 +22,7 @@ from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.activations import _activate, nonlinearity_of
 from octomoe.kernels.expert_tiles import STEP
-from octomoe.kernels.fused_rows_wide_sm90 import _rounded, rounding_of
+from octomoe.kernels.fused_rows_wide_sm90 import _rounded
 from octomoe.kernels.gluon_shim import (
     TensorDescriptor,
     copy_rows,
@@ -35,8 +35,8 @@ from octomoe.kernels.gluon_shim import (
     tma_store,
     tma_store_wait,
 )
-from octomoe.kernels.scaling import _magnitude_bits
-from octomoe.kernels.tiles_sm90 import Sizes, _tile_of, slots_of
+from octomoe.kernels.scaling import _magnitude_bits, format_encoding
+from octomoe.kernels.tiles_sm90 import Sizes, _tile_of, bytes_by_tma, slots_of
 from octomoe.kernels.wide_tiles_sm90 import (
     GROUP_ROWS,
     MX,
@@ -95,7 +95,7 @@ def _bring(x, w_desc, slots, ring, sizes, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def _rounded_columns(y, ROUNDING: gl.constexpr):
+def _rounded_columns(y, ENCODING: gl.constexpr):
     """``y [columns, slots]`` under a scale for each slot and block of columns."""
     COLUMNS: gl.constexpr = y.shape[0]
     SLOTS: gl.constexpr = y.shape[1]
@@ -103,12 +103,12 @@ def _rounded_columns(y, ROUNDING: gl.constexpr):
         # In halves: warps exchange their maxima in what the ring leaves of shared memory.
         halves = y.reshape([COLUMNS, 2, SLOTS // 2]).permute((0, 2, 1))
         left, right = gl.split(halves)
-        both = gl.join(_rounded_columns(left, ROUNDING), _rounded_columns(right, ROUNDING))
+        both = gl.join(_rounded_columns(left, ENCODING), _rounded_columns(right, ENCODING))
         rounded = both.permute((0, 2, 1)).reshape([COLUMNS, SLOTS])
     else:
         blocks = y.reshape([COLUMNS // MX, MX, SLOTS])
         amax = gl.max(_magnitude_bits(blocks), axis=1)[:, None, :]
-        rounded = _rounded(blocks, amax, ROUNDING).reshape([COLUMNS, SLOTS])
+        rounded = _rounded(blocks, amax, ENCODING).reshape([COLUMNS, SLOTS])
     return rounded
 
 
@@ -120,12 +120,11 @@ def _compute(
     ring,
     sizes,
     NUMBER: gl.constexpr,
-    ROUNDING: gl.constexpr,
+    ENCODING: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PLAN: gl.constexpr,
 ):
     """Multiply, scale, activate, round and store 64 columns of every tile of this program."""
-    KIND: gl.constexpr = ACTIVATION.KIND
     ROWS: gl.constexpr = PLAN.ROWS
     count = 0
     for number in range(gl.program_id(0), sizes.blocks * sizes.tiles, gl.num_programs(0)):
@@ -160,21 +159,12 @@ def _compute(
             up = _finished(up, expert_ptr, up_row, end, end, w, True, PLAN)
 
         # Activate, round, and store.
-        y = _activate(
-            gate,
-            up,
-            ACTIVATION.IS_GATED,
-            KIND,
-            ACTIVATION.ALPHA,
-            ACTIVATION.CLAMP,
-            ACTIVATION.IS_OUTPUT_CLAMPED,
-            ACTIVATION.UP_OFFSET,
-        )
-        if ROUNDING is not None:
+        y = _activate(gate, up, ACTIVATION)
+        if ENCODING is not None:
             place = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, y.type.layout))
             # Past the last column lie another matrix's.
             y = gl.where((gate_row + _row_of(place, True) < sizes.columns)[:, None], y, 0.0)
-            y = _rounded_columns(y, ROUNDING)
+            y = _rounded_columns(y, ENCODING)
         h_buf = ring.out.index(NUMBER)
         tma_store_wait(0)
         h_buf.permute((1, 0)).store(y.to(gl.bfloat16))
@@ -192,7 +182,7 @@ def _up_kernel(
     slots,
     depth,
     num_columns,
-    ROUNDING: gl.constexpr,
+    ENCODING: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PLAN: gl.constexpr,
 ):
@@ -220,8 +210,8 @@ def _up_kernel(
     REGISTERS: gl.constexpr = [232, 40] if PLAN.STRIPS == 2 else [224, 56]
     gl.warp_specialize(
         [
-            (_compute, (h_desc, w, slots, ring, sizes, 0, ROUNDING, ACTIVATION, PLAN)),
-            (_compute, (h_desc, w, slots, ring, sizes, 1, ROUNDING, ACTIVATION, PLAN)),
+            (_compute, (h_desc, w, slots, ring, sizes, 0, ENCODING, ACTIVATION, PLAN)),
+            (_compute, (h_desc, w, slots, ring, sizes, 1, ENCODING, ACTIVATION, PLAN)),
             (_bring, (x, w_desc, slots, ring, sizes, PLAN)),
         ],
         [4, GATHERERS],
@@ -250,21 +240,17 @@ def fused_up(
         return h
     # Rows of weights, as `_row_of` orders them.
     rows = w.data.view(torch.uint8).view(num_experts * num_rows // 16, 4, 2, 2, depth)
-    box = [STEP // 16, 2, 4, 2, STEP]
-    w_desc = TensorDescriptor.from_tensor(
-        rows.permute(0, 2, 1, 3, 4), box, gl.NVMMASharedLayout(STEP, 8, len(box))
-    )
     h_box = [config.rows, GROUP_ROWS.value]
     strips = 2 if experts.activation.gated else 1
     _up_kernel[grid_of(routing, config, triton.cdiv(width, STEP))](
-        w_desc,
+        bytes_by_tma(rows.permute(0, 2, 1, 3, 4), [STEP // 16, 2, 4, 2, STEP]),
         TensorDescriptor.from_tensor(h, h_box, gl.NVMMASharedLayout(STEP, 16, 2)),
         Rows(x, x.stride(0)),
         scales_of(w, experts.w13_bias),
         slots_of(routing, expert_of_block),
         depth,
         width,
-        rounding_of(format),
+        None if format is None else format_encoding(format),
         nonlinearity_of(experts.activation),
         plan_of(w, experts.w13_bias, config.rows, config.up_stages, config.group, strips),
         **launch_of(config),

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from octomoe.core.formats import Format
 from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor, packed_scale_shape
+from octomoe.kernels.chain import _start_dependents
 
 # Scales of a square that is brought into another order.
 _TILE: Final = 64
@@ -48,8 +48,7 @@ def _compact_kernel(
     STARTS_DEPENDENTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    if STARTS_DEPENDENTS:
-        gdc_launch_dependents()
+    _start_dependents(STARTS_DEPENDENTS)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
     is_inside = (row < num_rows) & (column < num_columns)

@@ -10,14 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from octomoe.core.device import target_of
 from octomoe.core.formats import ALL
 from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
-from octomoe.kernels.chain import chain_arguments
+from octomoe.kernels.chain import _wait_for_predecessor, chain_arguments
 from octomoe.kernels.layouts import (
     _scale_offset,
     as_bytes,
@@ -122,8 +121,7 @@ def _permute_kernel(
         _clear_padding(y_ptr, slot, is_padding, num_columns, SLOTS, TILE_SCALES)
         if HAS_SCALE:
             token = tl.maximum(choice, 0) // tl.maximum(num_choices, 1)
-            if IS_CHAINED:
-                gdc_wait()
+            _wait_for_predecessor(IS_CHAINED)
             for first in range(0, num_scales, TILE_SCALES):
                 column = first + tl.arange(0, TILE_SCALES)
                 is_inside = is_slot[:, None] & (column < num_scales)[None, :]

@@ -6,13 +6,14 @@ and NaN above Inf, so that a maximum never loses a NaN.
 """
 
 from struct import pack, unpack
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from octomoe.core.formats import E5M2, Format, Rounding
+from octomoe.core.layouts import COMPACT, ScaleLayout
 from octomoe.kernels.stochastic_rounding import _round_stochastically
 
 # Bits of float32: Inf, a NaN, the mantissa, and 2^-127, the one E8M0 value that is subnormal.
@@ -22,19 +23,41 @@ _MANTISSA = tl.constexpr(0x7FFFFF)
 _TINIEST = tl.constexpr(0x00400000)
 
 
-def scaling_arguments(format: Format) -> dict[str, Any]:
-    """Compile-time arguments of `_scale_of_amax` and `_encode` for a format."""
-    (bits,) = unpack("<i", pack("<f", format.target_max))
-    return {
-        "TARGET": format.target_max,
-        "TARGET_EXPONENT": bits >> 23,
-        "TARGET_MANTISSA": bits & 0x7FFFFF,
-        "LIMIT": format.element.max,
-        "IS_POW2": format.rounding == Rounding.POW2,
-        "IS_E8M0": format.scale_dtype == torch.float8_e8m0fnu,
-        "IS_E5M2": format.element is E5M2,
-        "HAS_NAN": format.element.has_nan,
-    }
+class Encoding(NamedTuple):
+    """A format and a layout as compile-time values; blocks of 0 span their axis."""
+
+    BLOCK_EXPERTS: int
+    BLOCK_ROWS: int
+    BLOCK_COLUMNS: int
+    IS_INTERLEAVED: bool
+    TARGET: float
+    TARGET_EXPONENT: int
+    TARGET_MANTISSA: int
+    LIMIT: float
+    IS_POW2: bool
+    IS_E8M0: bool
+    IS_E5M2: bool
+    HAS_NAN: bool
+
+
+def format_encoding(format: Format, layout: ScaleLayout = COMPACT) -> Encoding:
+    """How to encode in a format."""
+    experts, rows, columns = (max(size, 0) for size in format.block)
+    (target_bits,) = unpack("<i", pack("<f", format.target_max))
+    return Encoding(
+        experts,
+        rows,
+        columns,
+        IS_INTERLEAVED=layout == ScaleLayout.INTERLEAVED,
+        TARGET=format.target_max,
+        TARGET_EXPONENT=target_bits >> 23,
+        TARGET_MANTISSA=target_bits & 0x7FFFFF,
+        LIMIT=format.element.max,
+        IS_POW2=format.rounding == Rounding.POW2,
+        IS_E8M0=format.scale_dtype == torch.float8_e8m0fnu,
+        IS_E5M2=format.element is E5M2,
+        HAS_NAN=format.element.has_nan,
+    )
 
 
 @triton.jit
@@ -44,25 +67,18 @@ def _magnitude_bits(x):
 
 
 @triton.jit
-def _scale_of_amax(
-    amax_bits,
-    TARGET: tl.constexpr,
-    TARGET_EXPONENT: tl.constexpr,
-    TARGET_MANTISSA: tl.constexpr,
-    IS_POW2: tl.constexpr,
-    IS_E8M0: tl.constexpr,
-):
+def _scale_of_amax(amax_bits, ENCODING: tl.constexpr):
     """The scale for the largest magnitude of a block, as float32: NaN for NaN and Inf."""
-    if IS_POW2:
-        exponent = (amax_bits >> 23) - TARGET_EXPONENT + 127
-        exponent += ((amax_bits & _MANTISSA) > TARGET_MANTISSA).to(tl.int32)
-        if IS_E8M0:
+    if ENCODING.IS_POW2:
+        exponent = (amax_bits >> 23) - ENCODING.TARGET_EXPONENT + 127
+        exponent += ((amax_bits & _MANTISSA) > ENCODING.TARGET_MANTISSA).to(tl.int32)
+        if ENCODING.IS_E8M0:
             bits = tl.where(exponent <= 0, _TINIEST, exponent << 23)
         else:
             bits = tl.maximum(exponent, 1) << 23
     else:
         # div_rn: `/` would be off by an ulp.
-        exact = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), TARGET)
+        exact = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), ENCODING.TARGET)
         bits = tl.maximum(exact.to(tl.int32, bitcast=True), 1 << 23)
     return tl.where(amax_bits >= _INF, _NAN, bits).to(tl.float32, bitcast=True)
 
@@ -109,20 +125,13 @@ def _cast(scaled, random, LIMIT: tl.constexpr, IS_E5M2: tl.constexpr, MAY_BE_NAN
 
 
 @triton.jit
-def _encode_own(
-    x,
-    scale,
-    IS_POW2: tl.constexpr,
-    IS_E5M2: tl.constexpr,
-    random=None,
-    LIMIT: tl.constexpr = None,
-):
+def _encode_own(x, scale, ENCODING: tl.constexpr, random=None):
     """8-bit floats of x under the scale of its own block, which broadcasts to it.
 
     Rounded to nearest nothing saturates; rounded by random bits, what exceeds the limit by an ulp
     does. A block with a NaN or an Inf has a scale of NaN.
     """
-    if IS_POW2:
+    if ENCODING.IS_POW2:
         # 2^-n for 2^n: a division costs ten times as much.
         bits = scale.to(tl.int32, bitcast=True)
         # The reciprocal of 2^127 is the tiniest scale, and the other way round.
@@ -133,26 +142,20 @@ def _encode_own(
         reciprocal = tl.div_rn(1.0, scale)
     scaled = tl.where(scale != scale, 0.0, x.to(tl.float32) * reciprocal)
     # Under a power of two nothing exceeds it.
-    return _cast(scaled, random, None if IS_POW2 else LIMIT, IS_E5M2, False)
+    LIMIT: tl.constexpr = None if ENCODING.IS_POW2 else ENCODING.LIMIT
+    return _cast(scaled, random, LIMIT, ENCODING.IS_E5M2, False)
 
 
 @triton.jit
-def _encode(
-    x,
-    scale,
-    LIMIT: tl.constexpr,
-    IS_E5M2: tl.constexpr,
-    HAS_NAN: tl.constexpr,
-    random=None,
-):
+def _encode(x, scale, ENCODING: tl.constexpr, random=None):
     """8-bit floats of x under a scale that broadcasts to it."""
     x = x.to(tl.float32)
     reciprocal = tl.div_rn(1.0, scale)
     scaled = x * reciprocal
     # A given scale of zero or Inf makes no NaN; only the input's own are stored.
     scaled = tl.where(scaled != scaled, 0.0, scaled)
-    scaled = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
-    if HAS_NAN:
+    scaled = tl.minimum(tl.maximum(scaled, -ENCODING.LIMIT), ENCODING.LIMIT)
+    if ENCODING.HAS_NAN:
         scaled = tl.where(x != x, float("nan"), scaled)
     scaled = tl.where(reciprocal != reciprocal, 0.0, scaled)
-    return _cast(scaled, random, None, IS_E5M2, HAS_NAN)
+    return _cast(scaled, random, None, ENCODING.IS_E5M2, ENCODING.HAS_NAN)

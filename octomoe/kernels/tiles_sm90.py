@@ -8,7 +8,7 @@ from octomoe.core.device import num_sms
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.chain import chain_arguments
-from octomoe.kernels.expert_tiles import STEP, has_steps, row_scale, weight_scale
+from octomoe.kernels.expert_tiles import STEP, has_steps, row_scale, scale_rows, weight_scale
 from octomoe.kernels.gluon_shim import (
     TensorDescriptor,
     gl,
@@ -93,10 +93,15 @@ def slots_of(routing: Routing, expert_of_block: Tensor) -> Slots:
 
 def plan_of(w: QTensor, bias: Tensor | None, rows: int, num_stages: int, group: int) -> Plan:
     """How to run with these weights."""
-    scale_rows = max(w.format.block[1], 0)
-    is_divisible = w.shape[1] % (2 * STEP) == 0
-    steps = has_steps(w.format)
-    return Plan(rows, num_stages, group, steps, scale_rows, bias is not None, is_divisible)
+    return Plan(
+        rows,
+        num_stages,
+        group,
+        has_steps(w.format),
+        scale_rows(w),
+        bias is not None,
+        w.shape[1] % (2 * STEP) == 0,
+    )
 
 
 def bytes_by_tma(data: Tensor, box: list[int]) -> TensorDescriptor:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from octomoe.core.device import num_sms
-from octomoe.core.formats import ALL, E5M2, MXFP8
+from octomoe.core.formats import E5M2, MXFP8
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.chain import chain_arguments
-from octomoe.kernels.expert_tiles import STEP, has_steps, weight_scale
+from octomoe.kernels.expert_tiles import STEP, has_steps, scale_rows, weight_scale
 from octomoe.kernels.gluon_shim import (
     fence_async_shared,
     gl,
@@ -133,7 +133,7 @@ def plan_of(
         is_e8m0,
         is_e8m0 and has_words(w),
         has_steps(w.format),
-        0 if w.format.block[1] == ALL else w.format.block[1],
+        scale_rows(w),
         bias is not None,
     )
 
