@@ -91,7 +91,6 @@ def run_config(problem: Problem, config: Config) -> Callable[[], Tensor]:
     routed = build_blocks(problem.topk_ids_TA, experts.num_experts, align=config.rows)
     options: dict[str, Any] = {"routed_scaling_factor": SCALING, "config": config}
     if isinstance(config, DecodeConfig):
-        assert format is not None
         # Where rows are quantised on their way, that is what is timed.
         return partial(
             decode.experts_forward,

@@ -127,7 +127,11 @@ def _measure(console: Console, plan: "Plan", found: Any, out: Path | None) -> li
         if out is not None and record["results"]:
             append(out, record)
 
-    bench(plan, found, on_result=on_result, on_record=on_record)
+    try:
+        bench(plan, found, on_result=on_result, on_record=on_record)
+    except AssertionError as wrong:
+        kept = "" if out is None else f"; {out} has what was measured before"
+        raise ValueError(f"bench moe: {wrong}; please report it, with the command{kept}") from wrong
     if summary := table.summary(records):
         console.print(f"\n{summary}", markup=False)
     return records

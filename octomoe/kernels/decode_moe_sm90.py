@@ -7,14 +7,16 @@
 Every kernel is launched before its predecessor ends. Rows are in the order of choices c = (t, a).
 """
 
-from typing import Final
+from typing import Any, Final
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octomoe.core.experts import ExpertWeights, static_scale
-from octomoe.core.formats import ALL, Format
+from octomoe.core.experts import ExpertWeights, Weight, static_scale
+from octomoe.core.formats import ALL, MXFP8, Format
+from octomoe.core.layouts import ScaleLayout
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.build_routing import Ids, _load_experts, build_blocks, ids_of
@@ -22,8 +24,10 @@ from octomoe.kernels.chain import _wait_for_predecessor, chain_arguments
 from octomoe.kernels.decode_choices_sm90 import MOST_SORTED, sorted_inside, tables_of
 from octomoe.kernels.decode_down_sm90 import decode_down
 from octomoe.kernels.decode_up_sm90 import decode_up
-from octomoe.kernels.expert_tiles import has_steps
+from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.quantize import quantize
+from octomoe.kernels.route_and_quantize import route_and_quantize
+from octomoe.kernels.tiles_sm90 import has_tiles
 from octomoe.kernels.unpermute import _weighted_row
 from octomoe.tune.configs import DecodeConfig
 
@@ -42,7 +46,9 @@ def _combine_kernel(
     weights_stride_token,
     weights_stride_choice,
     factor,
+    y_stride_part,
     HAS_MAP: tl.constexpr,
+    PARTS: tl.constexpr,
     CHOICES: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
@@ -61,15 +67,16 @@ def _combine_kernel(
     total = tl.zeros([TILE_COLUMNS], tl.float32)
     for a in tl.static_range(CHOICES):
         row = tl.where((kept >> a) & 1 != 0, token * CHOICES + a, -1)
-        total += _weighted_row(
-            y_ptr + column,
-            weights_ptr,
-            row,
-            is_inside,
-            num_columns,
-            token * weights_stride_token + a * weights_stride_choice,
-            True,
-        )
+        for part in tl.static_range(PARTS):
+            total += _weighted_row(
+                y_ptr + part * y_stride_part + column,
+                weights_ptr,
+                row,
+                is_inside,
+                num_columns,
+                token * weights_stride_token + a * weights_stride_choice,
+                True,
+            )
     out = (total * factor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * num_columns + column, out, mask=is_inside)
 
@@ -80,21 +87,34 @@ def fused_moe(
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
-    activation_format: Format,
+    activation_format: Format | None,
     routed_scaling_factor: float,
     expert_map: Tensor | None,
     config: DecodeConfig,
 ) -> Tensor:
     """``[T, D] -> [T, D]``; see `octomoe.fused_moe`."""
+    is_sorted = sorts_before(topk_ids, config)
+    rows = hidden_states.contiguous()
+    x: Tensor | QTensor = rows
     routed = None
-    if is_sorted := sorts_before(topk_ids, config):
-        routed = build_blocks(
-            topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
-        )
-    x: Tensor | QTensor = hidden_states.contiguous()
+    options: dict[str, Any] = {"align": config.rows, "expert_map": expert_map}
     if encodes_before(experts, activation_format, config):
+        assert activation_format is not None
         scale = static_scale(experts.w13_input_scale, activation_format)
-        x = quantize(hidden_states, activation_format, scale=scale, is_chained=is_sorted)
+        if is_sorted:
+            x, routed = route_and_quantize(
+                rows,
+                activation_format,
+                scale,
+                topk_ids,
+                experts.num_experts,
+                **options,
+                is_chained=True,
+            )
+        else:
+            x = quantize(rows, activation_format, scale=scale)
+    elif is_sorted:
+        routed = build_blocks(topk_ids, experts.num_experts, **options)
     return experts_forward(
         x,
         experts,
@@ -113,11 +133,13 @@ def sorts_before(topk_ids: Tensor, config: DecodeConfig) -> bool:
     return config.is_sorted or topk_ids.numel() > MOST_SORTED
 
 
-def encodes_before(experts: ExpertWeights, format: Format, config: DecodeConfig) -> bool:
-    """Whether rows are quantised before the three kernels, and not on their way."""
+def encodes_before(experts: ExpertWeights, format: Format | None, config: DecodeConfig) -> bool:
+    """Whether rows are quantised before."""
+    if format is None or format.scale_dtype != torch.float32:
+        return False
     # A scale that is a row's own comes from all of it.
-    is_static = static_scale(experts.w13_input_scale, format) is not None
-    return config.is_encoded or not (has_steps(format) or is_static)
+    is_late = not has_steps(format) and static_scale(experts.w13_input_scale, format) is None
+    return config.is_encoded or is_late
 
 
 def experts_forward(
@@ -127,7 +149,7 @@ def experts_forward(
     topk_ids: Tensor,
     routed: tuple[Routing, Tensor] | None,
     *,
-    activation_format: Format,
+    activation_format: Format | None,
     routed_scaling_factor: float,
     config: DecodeConfig,
     expert_map: Tensor | None = None,
@@ -151,9 +173,9 @@ def experts_forward(
 def combine(
     y: Tensor, topk_weights: Tensor, ids: Ids, num_experts: int, factor: float, columns: int
 ) -> Tensor:
-    """``y [T * A, D] -> [T, D]``: the weighted sum over the choices of a token, times `factor`."""
-    num_tokens, num_columns = topk_weights.shape[0], y.shape[1]
-    out = y.new_empty((num_tokens, num_columns))
+    """``y [parts, T * A, D] -> [T, D]`` in bf16: the weighted sum over a token's choices."""
+    num_tokens, num_columns = topk_weights.shape[0], y.shape[2]
+    out = y.new_empty((num_tokens, num_columns), dtype=torch.bfloat16)
     columns = min(triton.next_power_of_2(num_columns), columns)
     _combine_kernel[(num_tokens * triton.cdiv(num_columns, columns),)](
         y,
@@ -164,7 +186,9 @@ def combine(
         num_columns,
         *topk_weights.stride(),
         factor,
+        y.stride(0),
         HAS_MAP=ids.has_map,
+        PARTS=y.shape[0],
         CHOICES=topk_weights.shape[1],
         TILE_COLUMNS=columns,
         num_warps=max(min(columns // 256, 8), 1),
@@ -174,10 +198,27 @@ def combine(
     return out
 
 
-def why_not(experts: ExpertWeights, num_choices: int, format: Format) -> str | None:
+def why_not(experts: ExpertWeights, num_choices: int, format: Format | None) -> str | None:
     """What keeps these kernels from a layer that those for many rows can do."""
     if num_choices > _MOST_CHOICES:
         return f"tokens make {num_choices} choices, more than {_MOST_CHOICES}"
+    weights, width = (experts.w13, experts.w2), experts.intermediate_size
+    if format is None:
+        steps = [all(has_tiles(w, steps) for w in weights) for steps in (True, False)]
+        if not any(steps) or (steps[0] and width % STEP):
+            return "weights are not E4M3 with float32 scales of rows, or of 128 x 128 blocks"
+        return None
+    if format.scale_dtype == torch.float8_e8m0fnu:
+        if format != MXFP8 or not all(_is_mxfp8(w) for w in weights):
+            return "weights and activations are not both MXFP8 with E4M3"
+        if width % STEP or experts.hidden_size % STEP:
+            return f"sizes {experts.hidden_size} and {width} are no multiples of {STEP}"
+        return None
     if format.block[1] == ALL and static_scale(experts.w2_input_scale, format) is None:
         return "the intermediate has one scale, which all of its rows make"
     return None
+
+
+def _is_mxfp8(w: Weight) -> bool:
+    is_plain = isinstance(w, QTensor) and w.format == MXFP8 and w.layout != ScaleLayout.INTERLEAVED
+    return is_plain and w.data.is_contiguous() and w.data.data_ptr() % 16 == 0

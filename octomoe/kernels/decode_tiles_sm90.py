@@ -10,12 +10,20 @@ slowly than it runs.
 
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.kernels.chain import chain_arguments
 from octomoe.kernels.decode_choices_sm90 import _sort_choices
+from octomoe.kernels.decode_pieces_sm90 import (
+    _encode_blocks,
+    _encode_halves,
+    _scaled_sum,
+    _sum_of_blocks,
+    _whole,
+)
 from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.gluon_shim import (
     fence_async_shared,
@@ -27,11 +35,12 @@ from octomoe.kernels.gluon_shim import (
     wait_for_product,
 )
 from octomoe.kernels.scaling import _encode, _encode_own, _magnitude_bits, _scale_of_amax
+from octomoe.kernels.tiles_sm90 import Scales
 
 WIDTH = gl.constexpr(STEP)
 # How rows are brought: as they are, or encoded under a scale of each step's own, of the whole row's
-# own, or under one that is given.
-GIVEN, PER_STEP, PER_ROW, STATIC = (gl.constexpr(i) for i in range(4))
+# own, or under one that is given; bf16 in halves, MXFP8 in blocks.
+GIVEN, PER_STEP, PER_ROW, STATIC, HALVES, IN_BLOCKS = (gl.constexpr(i) for i in range(6))
 _REGISTERS: Final = 65536
 
 
@@ -39,8 +48,8 @@ class Plan(NamedTuple):
     """What is known about a problem when its kernel is compiled.
 
     Weights of `GROUP` steps are asked for together. `COUNT` choices are sorted inside (0: a
-    routing's tables say where they are). `SOURCE` says how rows are brought. A scale of weights
-    serves `SCALE_ROWS` rows (0: all).
+    routing's tables say where they are). `SOURCE` says how rows are brought, in `PIECES` rows each.
+    Scales of weights change by the step, or multiply sums; each serves `SCALE_ROWS` rows (0: all).
     """
 
     ROWS: int
@@ -48,10 +57,13 @@ class Plan(NamedTuple):
     STAGES: int
     GROUP: int
     SPLITS: int
+    DOWN_SPLITS: int
     COUNT: int
     HAS_MAP: bool
     SOURCE: int
+    PIECES: int
     HAS_STEP_SCALE: bool
+    HAS_LATE_SCALE: bool
     SCALE_ROWS: int
     HAS_BIAS: bool
 
@@ -60,11 +72,13 @@ class Ring(NamedTuple):
     """Stages in shared memory, and barriers: weights are there, rows are there, all are read.
 
     Of a stage's three rows of scales one is x's, two are those of halves of the weights' rows.
+    Weights with a scale for each block of 32 have `words` instead.
     """
 
     w: Any
     x: Any
     scale: Any
+    words: Any
     full: Any
     full_x: Any
     empty: Any
@@ -81,13 +95,29 @@ class Sizes(NamedTuple):
     choices: Any
 
 
-def source_of(x: Tensor | QTensor, format: Format, is_static: bool) -> int:
+def source_of(x: Tensor | QTensor, format: Format | None, is_static: bool) -> int:
     """How rows that are to be of `format` are brought."""
     if isinstance(x, QTensor):
         return GIVEN.value
+    if format is None:
+        return HALVES.value
+    if format.scale_dtype == torch.float8_e8m0fnu:
+        return IN_BLOCKS.value
     if has_steps(format):
         return PER_STEP.value
     return STATIC.value if is_static else PER_ROW.value
+
+
+def pieces_of(source: int) -> int:
+    """Rows that a row becomes."""
+    return {HALVES.value: 2, IN_BLOCKS.value: 4}.get(source, 1)
+
+
+def block_scales(w: QTensor, bias: Tensor | None) -> Scales:
+    """Scales of blocks of 32 as kernels see them: those of a row and a step are one int32."""
+    words = w.scale.view(torch.uint8).view(torch.int32)
+    expert, row, step = words.stride()
+    return Scales(words, expert, row, step, words if bias is None else bias)
 
 
 def launch_of(num_warps: int, resident: int) -> dict[str, Any]:
@@ -102,7 +132,7 @@ def launch_of(num_warps: int, resident: int) -> dict[str, Any]:
 @gluon.jit
 def _allocate_ring(w_desc, PLAN: gl.constexpr):
     """A ring whose stages are empty."""
-    ROWS: gl.constexpr = PLAN.ROWS
+    ROWS: gl.constexpr = PLAN.ROWS * PLAN.PIECES
     STAGES: gl.constexpr = PLAN.STAGES
     dtype: gl.constexpr = w_desc.dtype
     w_shape: gl.constexpr = [STAGES] + w_desc.block_type.shape  # noqa: RUF005
@@ -110,7 +140,13 @@ def _allocate_ring(w_desc, PLAN: gl.constexpr):
     x_layout: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, 2)
     x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, WIDTH], x_layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scale = gl.allocate_shared_memory(gl.float32, [STAGES * 3, ROWS], plain)
+    # Blocks of a row have scales of their own.
+    SCALES: gl.constexpr = ROWS if PLAN.SOURCE == IN_BLOCKS else PLAN.ROWS
+    scale = gl.allocate_shared_memory(gl.float32, [STAGES * 3, SCALES], plain)
+    words = scale
+    if PLAN.SOURCE == IN_BLOCKS:
+        WEIGHT_ROWS: gl.constexpr = w_desc.block_type.nbytes // WIDTH
+        words = gl.allocate_shared_memory(gl.int32, [STAGES, WEIGHT_ROWS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full_x = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -120,7 +156,7 @@ def _allocate_ring(w_desc, PLAN: gl.constexpr):
         mbarrier.init(full_x.index(i), count=32 if PLAN.SOURCE == GIVEN else 1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    return Ring(w, x, scale, full, full_x, empty)
+    return Ring(w, x, scale, words, full, full_x, empty)
 
 
 @gluon.jit
@@ -145,6 +181,14 @@ def _sizes_of(
 
 
 @gluon.jit
+def _locate(number, sizes, SPLITS: gl.constexpr):
+    """Block, tile, first and last step of a tile's number."""
+    split = number % SPLITS
+    first, last = sizes.steps * split // SPLITS, sizes.steps * (split + 1) // SPLITS
+    return number // SPLITS // sizes.tiles, number // SPLITS % sizes.tiles, first, last
+
+
+@gluon.jit
 def _wait_for_room(ring, count, PLAN: gl.constexpr):
     """Wait until the stage of step number `count` has been read."""
     stage = count % PLAN.STAGES
@@ -160,8 +204,35 @@ def _bring_step(w_desc, place, ring, count, PLAN: gl.constexpr):
 
 
 @gluon.jit
+def _weight_scales(ptrs_0, ptrs_1, offset, PLAN: gl.constexpr):
+    """What is put beside a step of rows: scales of both halves of its weights, or all words."""
+    if PLAN.SOURCE == IN_BLOCKS:
+        first = gl.load(ptrs_0 + offset)
+        second = first
+    elif PLAN.HAS_STEP_SCALE:
+        first = gl.load(ptrs_0 + offset)
+        second = gl.load(ptrs_1 + offset)
+    else:
+        first = gl.full(ptrs_0.shape, 1.0, gl.float32, ptrs_0.type.layout)
+        second = first
+    return first, second
+
+
+@gluon.jit
 def _encode_step(value, scale, SOURCE: gl.constexpr, ENCODING: gl.constexpr):
     """A step of rows in 8 bits, and the scales of these rows; `scale` is what they bring along."""
+    if SOURCE == HALVES:
+        encoded, scale = _encode_halves(value)
+    elif SOURCE == IN_BLOCKS:
+        encoded, scale = _encode_blocks(value, ENCODING)
+    else:
+        encoded, scale = _encode_whole(value, scale, SOURCE, ENCODING)
+    return encoded, scale
+
+
+@gluon.jit
+def _encode_whole(value, scale, SOURCE: gl.constexpr, ENCODING: gl.constexpr):
+    """The same for rows of one piece."""
     if SOURCE == PER_STEP:
         amax = gl.max(_magnitude_bits(value), axis=1)
         # Zeros are zeros under any scale; a division that meets a tiny number takes a long way.
@@ -180,8 +251,10 @@ def _put_step(ring, count, encoded, scale, w_scale_0, w_scale_1, PLAN: gl.conste
     stage = count % PLAN.STAGES
     _wait_for_room(ring, count, PLAN)
     ring.x.index(stage).store(encoded)
-    if PLAN.HAS_STEP_SCALE or PLAN.SOURCE == PER_ROW:
+    if PLAN.HAS_STEP_SCALE or PLAN.PIECES > 1 or PLAN.SOURCE == PER_ROW:
         ring.scale.index(stage * 3).store(scale)
+    if PLAN.SOURCE == IN_BLOCKS:
+        ring.words.index(stage).store(w_scale_0)
     if PLAN.HAS_STEP_SCALE:
         ring.scale.index(stage * 3 + 1).store(w_scale_0)
         ring.scale.index(stage * 3 + 2).store(w_scale_1)
@@ -197,13 +270,37 @@ def _step_scales(ring, stage, layout: gl.constexpr):
 
 
 @gluon.jit
-def _product(w, x, zero):
-    """``w @ x.T`` of a step."""
+def _product(w, ring, stage, zero, PLAN: gl.constexpr):
+    """``w @ x.T`` of a step, ``[weight rows, rows]``; where scales are blocks', scaled."""
     # Rows were put there by threads, past which tensor cores read. Those threads do not wait for
     # it: they would for all of their loads.
     fence_async_shared()
-    product = multiply(w, x.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return wait_for_product(0, deps=[product])
+    x = ring.x.index(stage).permute((1, 0))
+    product = multiply(w, x, zero, use_acc=False, is_async=True)
+    product = wait_for_product(0, deps=[product])
+    return _of_pieces(product, ring, stage, PLAN)
+
+
+@gluon.jit
+def _unscaled(product, PLAN: gl.constexpr):
+    """A product whose rows are whole again."""
+    if PLAN.SOURCE == HALVES:
+        product = _whole(product, PLAN.ROWS)
+    if PLAN.SOURCE == IN_BLOCKS:
+        product = _sum_of_blocks(product, PLAN.ROWS)
+    return product
+
+
+@gluon.jit
+def _of_pieces(product, ring, stage, PLAN: gl.constexpr):
+    """The same; where scales are blocks', times these."""
+    if PLAN.SOURCE == IN_BLOCKS:
+        scale = ring.scale.index(stage * 3).load(gl.SliceLayout(0, product.type.layout))
+        words = ring.words.index(stage).load(gl.SliceLayout(1, product.type.layout))
+        product = _scaled_sum(product, scale, words, PLAN.ROWS)
+    else:
+        product = _unscaled(product, PLAN)
+    return product
 
 
 @gluon.jit

@@ -26,19 +26,26 @@ from octomoe.kernels.decode_choices_sm90 import (
 )
 from octomoe.kernels.decode_tiles_sm90 import (
     GIVEN,
+    HALVES,
+    IN_BLOCKS,
     STATIC,
     WIDTH,
     Plan,
     _allocate_ring,
     _bring_step,
     _encode_step,
+    _locate,
     _of_rows,
     _product,
     _put_step,
     _sizes_of,
     _step_scales,
+    _unscaled,
     _wait_for_room,
+    _weight_scales,
+    block_scales,
     launch_of,
+    pieces_of,
     source_of,
 )
 from octomoe.kernels.expert_tiles import STEP, has_steps, scale_rows
@@ -56,16 +63,6 @@ from octomoe.tune.configs import DecodeConfig
 
 
 @gluon.jit
-def _locate(number, sizes, PLAN: gl.constexpr):
-    """Block, tile, first and last step of a tile's number."""
-    split = number % PLAN.SPLITS
-    tile = number // PLAN.SPLITS % sizes.tiles
-    block = number // PLAN.SPLITS // sizes.tiles
-    first = sizes.steps * split // PLAN.SPLITS
-    return block, tile, first, sizes.steps * (split + 1) // PLAN.SPLITS
-
-
-@gluon.jit
 def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
     """Bring a tile's weights, a few steps of the depth at a time."""
     EIGHTS: gl.constexpr = PLAN.COLUMNS // 8
@@ -74,7 +71,7 @@ def _bring_weights(w_desc, places, ring, sizes, PLAN: gl.constexpr):
     ahead = gl.minimum(gl.program_id(0), sizes.total - 1)
     next_expert = _expert_of(ahead // PLAN.SPLITS // sizes.tiles, places, PLAN)
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
-        _, tile, first, last = _locate(number, sizes, PLAN)
+        _, tile, first, last = _locate(number, sizes, PLAN.SPLITS)
         expert = next_expert
         ahead = gl.minimum(number + gl.num_programs(0), sizes.total - 1)
         next_expert = _expert_of(ahead // PLAN.SPLITS // sizes.tiles, places, PLAN)
@@ -117,7 +114,7 @@ def _copy_rows(x, w, ids, places, ring, sizes, PARTS: gl.constexpr, PLAN: gl.con
     column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     count = 0
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
-        block, tile, first, last = _locate(number, sizes, PLAN)
+        block, tile, first, last = _locate(number, sizes, PLAN.SPLITS)
         choice = _choices_of(block, places, gl.SliceLayout(1, layout), PLAN)
         is_row = (choice >= 0)[:, None]
         token = gl.maximum(choice, 0) // ids.num_choices
@@ -140,15 +137,24 @@ def _copy_rows(x, w, ids, places, ring, sizes, PARTS: gl.constexpr, PLAN: gl.con
 
 
 @gluon.jit
+def _word_ptrs(block, tile, w, places, sizes, PARTS: gl.constexpr, PLAN: gl.constexpr):
+    """Where the scales of blocks of each of a tile's weight rows are."""
+    rows: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    row = gl.arange(0, PLAN.COLUMNS * PARTS, layout=rows)
+    if PARTS == 2:
+        # Gate and up are interleaved by 8.
+        row = row // 16 * 8 + row % 8 + row // 8 % 2 * sizes.columns
+    row += tile * PLAN.COLUMNS
+    expert = _expert_of(block, places, PLAN).to(gl.int64)
+    return w.scale + expert * w.stride_expert + row * w.stride_row
+
+
+@gluon.jit
 def _load_step(ptrs, is_row, column, gate_ptrs, up_ptrs, step, sizes, w, PLAN: gl.constexpr):
     """Rows in a step, and the scales of their weights."""
     mask = is_row[:, None] & (step * WIDTH + column < sizes.depth)[None, :]
     value = gl.load(ptrs + step * WIDTH, mask=mask, other=0.0)
-    gate_scale = gl.full(gate_ptrs.shape, 1.0, gl.float32, gate_ptrs.type.layout)
-    up_scale = gate_scale
-    if PLAN.HAS_STEP_SCALE:
-        gate_scale = gl.load(gate_ptrs + step * w.stride_step)
-        up_scale = gl.load(up_ptrs + step * w.stride_step)
+    gate_scale, up_scale = _weight_scales(gate_ptrs, up_ptrs, step * w.stride_step, PLAN)
     return value, gate_scale, up_scale
 
 
@@ -166,12 +172,16 @@ def _encode_rows(
         scale = scale * gl.load(x.scale)
     count = 0
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
-        block, tile, first, last = _locate(number, sizes, PLAN)
+        block, tile, first, last = _locate(number, sizes, PLAN.SPLITS)
         choice = _choices_of(block, places, row_layout, PLAN)
         is_row = choice >= 0
         token = gl.maximum(choice, 0) // ids.num_choices
         ptrs = x.data + token.to(gl.int64)[:, None] * x.stride_row + column[None, :]
-        gate_ptrs, up_ptrs = _scale_ptrs(block, tile, w, places, sizes, token, PARTS, PLAN)
+        if PLAN.SOURCE == IN_BLOCKS:
+            gate_ptrs = _word_ptrs(block, tile, w, places, sizes, PARTS, PLAN)
+            up_ptrs = gate_ptrs
+        else:
+            gate_ptrs, up_ptrs = _scale_ptrs(block, tile, w, places, sizes, token, PARTS, PLAN)
         # Two by two: what is moved from variable to variable is waited for.
         value_0, gate_0, up_0 = _load_step(
             ptrs, is_row, column, gate_ptrs, up_ptrs, first, sizes, w, PLAN
@@ -224,17 +234,17 @@ def _compute(
     PLAN: gl.constexpr,
 ):
     """Multiply and scale; activate, and store what is finished."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.ROWS, 32])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.ROWS * PLAN.PIECES, 32])
     flat: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, 2)
     ROWS: gl.constexpr = PLAN.COLUMNS * PARTS
     SLOTS: gl.constexpr = PLAN.ROWS
-    zero = gl.zeros((ROWS, SLOTS), gl.float32, mma)
-    nothing = _parts(zero, PARTS)[0]
+    zero = gl.zeros((ROWS, SLOTS * PLAN.PIECES), gl.float32, mma)
+    nothing = _parts(_unscaled(zero, PLAN), PARTS)[0]
     tile_layout: gl.constexpr = nothing.type.layout
     slot_layout: gl.constexpr = gl.SliceLayout(0, tile_layout)
     count = 0
     for number in range(gl.program_id(0), sizes.total, gl.num_programs(0)):
-        block, tile, first, last = _locate(number, sizes, PLAN)
+        block, tile, first, last = _locate(number, sizes, PLAN.SPLITS)
         gate = nothing
         up = nothing
         for _step in range(first, last):
@@ -243,13 +253,17 @@ def _compute(
             mbarrier.wait(ring.full_x.index(stage), phase)
             mbarrier.wait(ring.full.index(stage), phase)
             matrix = seen_as(ring.w.index(stage), ring.w.dtype, [ROWS, WIDTH], flat)
-            gate_part, up_part = _parts(_product(matrix, ring.x.index(stage), zero), PARTS)
+            gate_part, up_part = _parts(_product(matrix, ring, stage, zero, PLAN), PARTS)
             if PLAN.HAS_STEP_SCALE:
                 gate_scale, up_scale = _step_scales(ring, stage, slot_layout)
                 gate += gate_part * gate_scale
                 if PARTS == 2:
                     up += up_part * up_scale
             else:
+                if PLAN.SOURCE == HALVES:
+                    scale = ring.scale.index(stage * 3).load(slot_layout)[None, :]
+                    gate_part *= scale
+                    up_part *= scale
                 gate += gate_part
                 if PARTS == 2:
                     up += up_part
@@ -260,11 +274,13 @@ def _compute(
         choice = _choices_of(block, places, slot_layout, PLAN)
         row = tile * PLAN.COLUMNS
         row += gl.arange(0, PLAN.COLUMNS, layout=gl.SliceLayout(1, tile_layout))
-        if PLAN.HAS_BIAS or not PLAN.HAS_STEP_SCALE:
+        if PLAN.HAS_BIAS or PLAN.HAS_LATE_SCALE:
             expert = _expert_of(block, places, PLAN).to(gl.int64)
-        if not PLAN.HAS_STEP_SCALE:
+        if PLAN.HAS_LATE_SCALE:
             token = gl.maximum(choice, 0) // ids.num_choices
-            x_scale = gl.load(x.scale + token * x.scale_stride_row)[None, :]
+            x_scale = gl.full((1, SLOTS), 1.0, gl.float32, tile_layout)
+            if PLAN.SOURCE != HALVES:
+                x_scale = gl.load(x.scale + token * x.scale_stride_row)[None, :]
             w_scale_ptr = w.scale + expert * w.stride_expert
             if PLAN.SCALE_ROWS == 0:
                 x_scale = x_scale * gl.load(w_scale_ptr)
@@ -349,7 +365,7 @@ def decode_up(
     tables: Tables,
     num_tokens: int,
     count: int,
-    format: Format,
+    format: Format | None,
     config: DecodeConfig,
 ) -> Tensor:
     """``x [T, D] -> h``: float32 ``[T * A, F]`` activated, or sums ``[splits, T * A, 2F]``.
@@ -373,6 +389,7 @@ def decode_up(
     eights = w.data.view(num_experts, parts, width // 8, 8, depth).permute(0, 2, 1, 3, 4)
     input_scale = experts.w13_input_scale
     source = source_of(x, format, input_scale is not None)
+    is_in_blocks = source == IN_BLOCKS.value
     rows = rows_of(x)
     if input_scale is not None and source == STATIC.value:
         rows = rows._replace(scale=input_scale)
@@ -382,17 +399,20 @@ def decode_up(
         config.up_stages,
         config.group,
         config.splits,
+        config.down_splits,
         count,
         ids.has_map,
         source,
+        pieces_of(source),
         has_steps(w.format),
+        not (is_in_blocks or has_steps(w.format)),
         scale_rows(w),
         experts.w13_bias is not None,
     )
     _decode_up_kernel[(min(config.resident * num_sms(data.device), num_blocks * num_tiles),)](
         bytes_by_tma(eights, [1, columns // 8, parts, 8, STEP]),
         rows,
-        scales_of(w, experts.w13_bias),
+        (block_scales if is_in_blocks else scales_of)(w, experts.w13_bias),
         h,
         ids,
         tables,
@@ -400,7 +420,7 @@ def decode_up(
         num_experts,
         depth,
         width,
-        format_encoding(format),
+        None if format is None else format_encoding(format),
         nonlinearity_of(experts.activation),
         plan,
         **launch_of(8 if source == GIVEN.value else 12, config.resident),

@@ -35,6 +35,7 @@ from octomoe.kernels.tiles_sm90 import (
     _of_columns,
     _product,
     _promote,
+    _row_scale,
     _tile_of,
     bytes_by_tma,
     grid_of,
@@ -181,6 +182,9 @@ def _compute(
         # Past the last column there is no scale: the second half may lie there.
         second = gl.minimum(first_column + WIDTH, sizes.columns - 1) // SCALE_ROWS
         first = first_column // SCALE_ROWS
+        h_scale = gl.full((64, 1), 1.0, gl.float32, mma)
+        if not PLAN.HAS_STEP_SCALE:
+            h_scale = _row_scale(h.scale + h_scale_offset, scale_ptr, PLAN)
         y_0, y_1 = _multiply_tile(
             ring,
             count,
@@ -195,9 +199,6 @@ def _compute(
             PLAN,
         )
         count += sizes.steps
-        h_scale = gl.full((64, 1), 1.0, gl.float32, mma)
-        if not PLAN.HAS_STEP_SCALE:
-            h_scale = gl.load(h.scale + h_scale_offset)[:, None]
         bias_ptr = w.bias
         if PLAN.HAS_BIAS:
             bias_ptr = w.bias + expert * sizes.columns

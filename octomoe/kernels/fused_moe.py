@@ -30,6 +30,7 @@ from octomoe.kernels.fused_up import activate, fused_up
 from octomoe.kernels.grouped_gemm import grouped_gemm
 from octomoe.kernels.permute import permute
 from octomoe.kernels.quantize import quantize
+from octomoe.kernels.route_and_quantize import route_and_quantize
 from octomoe.kernels.unpermute import unpermute
 from octomoe.tune.configs import FusedMoeConfig
 from octomoe.tune.fused_moe import fused_moe_config
@@ -61,21 +62,28 @@ def fused_moe(
         )
         return (y_TD * routed_scaling_factor).to(hidden_states.dtype)
     config = config or config_of(hidden_states, experts, topk_ids.shape[1], activation_format)
-    routing, expert_of_block = build_blocks(
-        topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
-    )
     x: Tensor | QTensor
     if activation_format is None:
         x = hidden_states.contiguous()
+        routed = build_blocks(
+            topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map
+        )
     else:
-        scale = static_scale(experts.w13_input_scale, activation_format)
-        x = quantize(hidden_states, activation_format, scale=scale, is_chained=config.is_chained)
+        x, routed = route_and_quantize(
+            hidden_states,
+            activation_format,
+            static_scale(experts.w13_input_scale, activation_format),
+            topk_ids,
+            experts.num_experts,
+            align=config.rows,
+            expert_map=expert_map,
+            is_chained=config.is_chained,
+        )
     return experts_forward(
         x,
         experts,
         topk_weights,
-        routing,
-        expert_of_block,
+        *routed,
         activation_format=activation_format,
         out_dtype=hidden_states.dtype,
         routed_scaling_factor=routed_scaling_factor,

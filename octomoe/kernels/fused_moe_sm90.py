@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from octomoe.core.device import target_of
-from octomoe.core.experts import ExpertWeights, Weight, static_scale
-from octomoe.core.formats import ALL, Format
+from octomoe.core.experts import ExpertWeights, static_scale
+from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels import decode_moe_sm90 as decode
 from octomoe.kernels import fused_moe as portable
 from octomoe.kernels import fused_moe_wide_sm90 as wide
-from octomoe.kernels.build_routing import build_blocks
 from octomoe.kernels.expert_tiles import STEP, has_steps
 from octomoe.kernels.fused_down import combine
 from octomoe.kernels.fused_down_sm90 import fused_down
 from octomoe.kernels.fused_up_sm90 import fused_up
 from octomoe.kernels.quantize import quantize
+from octomoe.kernels.route_and_quantize import route_and_quantize
+from octomoe.kernels.tiles_sm90 import has_tiles, is_known
 from octomoe.tune.configs import DecodeConfig, PrefillConfig
 from octomoe.tune.fused_moe import decode_config, prefill_config, wide_config
 from octomoe.tune.kinds import Config
@@ -53,7 +54,6 @@ def fused_moe(
     arguments = (hidden_states, experts, topk_weights, topk_ids)
     match config:
         case DecodeConfig():
-            assert activation_format is not None
             return decode.fused_moe(
                 *arguments,
                 activation_format=activation_format,
@@ -90,10 +90,14 @@ def choose(
     num_experts, width = experts.num_experts, experts.intermediate_size
     target = target_of(hidden_states.device)
     sizes = (num_tokens, num_choices, num_experts)
-    if not meets_in_8_bits(format):
-        return wide_config(*sizes, target, has_room=wide.has_room(experts))
-    assert format is not None
     can_decode = decode.why_not(experts, num_choices, format) is None
+    if not meets_in_8_bits(format):
+        few = None
+        if can_decode:
+            pieces = 2 if format is None else 4
+            few = decode_config(*sizes, width, depth, target, pieces=pieces)
+        return few or wide_config(*sizes, target, has_room=wide.has_room(experts))
+    assert format is not None
     kinds = ("portable", "prefill", "decode") if can_decode else ("portable", "prefill")
     tuned = table_config(*sizes, width, depth, scales_of(format), target, kinds=kinds)
     if tuned is not None:
@@ -113,11 +117,19 @@ def _prefill(
     expert_map: Tensor | None,
     config: PrefillConfig,
 ) -> Tensor:
-    routed = build_blocks(topk_ids, experts.num_experts, align=config.rows, expert_map=expert_map)
     assert activation_format is not None
-    scale = static_scale(experts.w13_input_scale, activation_format)
+    x, routed = route_and_quantize(
+        hidden_states,
+        activation_format,
+        static_scale(experts.w13_input_scale, activation_format),
+        topk_ids,
+        experts.num_experts,
+        align=config.rows,
+        expert_map=expert_map,
+        is_chained=config.is_chained,
+    )
     return experts_forward(
-        quantize(hidden_states, activation_format, scale=scale, is_chained=config.is_chained),
+        x,
         experts,
         topk_weights,
         *routed,
@@ -174,7 +186,7 @@ def why_not(
 
 def meets_in_8_bits(format: Format | None) -> bool:
     """Whether tensor cores get both operands in 8 bits, of a layer that these kernels can do."""
-    return format is not None and _is_known(format)
+    return format is not None and is_known(format)
 
 
 def _why_not_8_bits(experts: ExpertWeights, format: Format | None) -> str | None:
@@ -182,19 +194,9 @@ def _why_not_8_bits(experts: ExpertWeights, format: Format | None) -> str | None
     steps = has_steps(format)
     if not meets_in_8_bits(format):
         return "activations are not E4M3 with float32 scales"
-    if not all(_has_tiles(w, steps) for w in (experts.w13, experts.w2)):
+    if not all(has_tiles(w, steps) for w in (experts.w13, experts.w2)):
         return "weights are not E4M3 with float32 scales of rows, or of 128 x 128 blocks, in place"
     # In a tile of w13, scales of a step are one.
     if steps and experts.intermediate_size % STEP:
         return f"a width of {experts.intermediate_size} is no multiple of {STEP}"
     return None
-
-
-def _is_known(format: Format) -> bool:
-    return format.element.dtype == torch.float8_e4m3fn and format.scale_dtype == torch.float32
-
-
-def _has_tiles(w: Weight, steps: bool) -> bool:
-    if not portable.has_steps_only(w) or not isinstance(w, QTensor) or not _is_known(w.format):
-        return False
-    return w.data.data_ptr() % 16 == 0 and w.format.block[1] in ((STEP,) if steps else (1, ALL))

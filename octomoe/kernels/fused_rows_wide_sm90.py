@@ -37,8 +37,8 @@ def _rows_kernel(
     ENCODING: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    _start_dependents(IS_CHAINED)
     _wait_for_predecessor(IS_CHAINED)
+    _start_dependents(IS_CHAINED)
     num_tiles = tl.cdiv(num_columns, COLUMNS)
     row = tl.program_id(0) // num_tiles * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % num_tiles * COLUMNS + tl.arange(0, COLUMNS)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octomoe.core.activations import Activation
-from octomoe.core.experts import ExpertWeights
-from octomoe.core.formats import Format
+from octomoe.core.experts import ExpertWeights, static_scale
+from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.activations import _activate, nonlinearity_of, width_of
@@ -39,6 +39,7 @@ from octomoe.kernels.expert_tiles import (
     weight_scale,
     weight_source,
 )
+from octomoe.kernels.scaling import _encode
 from octomoe.tune.configs import FusedMoeConfig
 
 # Columns that a program of `_finish_kernel` has at most.
@@ -62,7 +63,12 @@ def _store_activated(
     """Store a tile of act(gate, up): encoded if there is an encoding, else as h has it."""
     y = _activate(gate, up, ACTIVATION)
     y = tl.where(is_inside, y, 0.0)
-    if ENCODING is not None:
+    row = tl.cast(tile_row, tl.int64) * y.shape[0] + tl.arange(0, y.shape[0])
+    column = tile_column * y.shape[1] + tl.arange(0, y.shape[1])
+    ptrs = h_ptr + row[:, None] * num_columns + column[None, :]
+    if ENCODING is None:
+        tl.store(ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+    elif ENCODING.BLOCK_COLUMNS > 0:
         _store_own(
             y,
             _own_amax(y, ENCODING),
@@ -79,10 +85,8 @@ def _store_activated(
             16,
         )
     else:
-        row = tl.cast(tile_row, tl.int64) * y.shape[0] + tl.arange(0, y.shape[0])
-        column = tile_column * y.shape[1] + tl.arange(0, y.shape[1])
-        ptrs = h_ptr + row[:, None] * num_columns + column[None, :]
-        tl.store(ptrs, y.to(h_ptr.dtype.element_ty), mask=is_inside)
+        # The scale of all is known before.
+        tl.store(ptrs, _encode(y, tl.load(out.scale), ENCODING), mask=is_inside)
 
 
 @triton.jit
@@ -127,8 +131,8 @@ def _up_kernel(
     ENCODING: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    _start_dependents(IS_CHAINED)
     _wait_for_predecessor(IS_CHAINED)
+    _start_dependents(IS_CHAINED)
     # Locate the tile: columns of one block of slots are neighbours in the grid.
     num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     split = tl.program_id(0) % SPLITS
@@ -351,16 +355,16 @@ def fused_up(
     format: Format | None,
     config: FusedMoeConfig,
 ) -> Tensor | QTensor:
-    """``x [T, D] -> h [S, F]``: a QTensor if `format` has a scale per row and 128 columns.
+    """``x [T, D] -> h [S, F]``: a QTensor if `format` has scales of 128 columns, or a static one.
 
     Without a format h has the dtype of x, under any other one float32: its rows then wait to be
-    quantised, those of no token are zero.
+    quantised.
     """
     w, tile, num_slots = experts.w13, config.up, routing.num_slots
     data = x.data if isinstance(x, QTensor) else x
     width = experts.w2.shape[2]
     is_finished = tile.splits == 1 and (not has_steps(format) or tile.columns % STEP == 0)
-    h = empty_h(num_slots, width, data, format)
+    h = empty_h(num_slots, width, data, format, experts.w2_input_scale)
     if num_slots == 0 or width == 0:
         return h
     h_data = h.data if isinstance(h, QTensor) else h
@@ -426,14 +430,20 @@ def fused_up(
     return h
 
 
-def empty_h(num_slots: int, width: int, data: Tensor, format: Format | None) -> Tensor | QTensor:
+def empty_h(
+    num_slots: int, width: int, data: Tensor, format: Format | None, input_scale: Tensor | None
+) -> Tensor | QTensor:
     """Memory for what `fused_up` returns, beside its rows' `data`."""
     shape = (num_slots, width)
     if format is None:
         return data.new_empty(shape)
+    scale = static_scale(input_scale, format)
+    if scale is not None:
+        return QTensor(data.new_empty(shape, dtype=format.element.dtype), scale, format)
     if not has_steps(format):
-        # One scale may serve all rows.
-        return data.new_zeros(shape, dtype=torch.float32)
+        # Where one scale serves all rows, those of no token are to be no reason for it.
+        new = data.new_zeros if format.block[1] == ALL else data.new_empty
+        return new(shape, dtype=torch.float32)
     # Scales of a column of blocks lie side by side: that is how the other half reads them.
     scale = data.new_empty((triton.cdiv(width, STEP), num_slots), dtype=torch.float32)
     return QTensor(data.new_empty(shape, dtype=format.element.dtype), scale.T, format)

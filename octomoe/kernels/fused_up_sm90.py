@@ -33,7 +33,7 @@ from octomoe.kernels.gluon_shim import (
     tma_store,
     tma_store_wait,
 )
-from octomoe.kernels.scaling import _encode_own, _magnitude_bits, _scale_of_amax
+from octomoe.kernels.scaling import _encode, _encode_own, _magnitude_bits, _scale_of_amax
 from octomoe.kernels.tiles_sm90 import (
     Sizes,
     _late_scale,
@@ -41,6 +41,7 @@ from octomoe.kernels.tiles_sm90 import (
     _of_columns,
     _product,
     _promote,
+    _row_scale,
     _tile_of,
     bytes_by_tma,
     grid_of,
@@ -200,6 +201,9 @@ def _compute(
             up_scale_ptr += sizes.columns // SCALE_ROWS * w.stride_row
 
         # Multiply.
+        x_scale = gl.full((64, 1), 1.0, gl.float32, mma)
+        if not PLAN.HAS_STEP_SCALE:
+            x_scale = _row_scale(x.scale + x_scale_offset, gate_scale_ptr, PLAN)
         first_scale = tile * WIDTH // SCALE_ROWS * w.stride_row
         gate, up = _multiply_tile(
             ring,
@@ -220,7 +224,6 @@ def _compute(
         # Scale, where scales do not change by the step, and add biases.
         column = tile * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, mma))
         if not PLAN.HAS_STEP_SCALE:
-            x_scale = gl.load(x.scale + x_scale_offset)[:, None]
             scale = _late_scale(x_scale, gate_scale_ptr, column, sizes.columns, PLAN)
             gate = _promote(gate, scale, 0.0)
             if PARTS == 2:
@@ -238,14 +241,18 @@ def _compute(
         # Activate, and store.
         y = _activate(gate, up, ACTIVATION)
         if ENCODING is not None:
-            scale = _scale_of_amax(gl.max(_magnitude_bits(y), axis=1), ENCODING)
-            encoded = _encode_own(y, scale[:, None], ENCODING)
+            if ENCODING.BLOCK_COLUMNS > 0:
+                scale = _scale_of_amax(gl.max(_magnitude_bits(y), axis=1), ENCODING)
+                encoded = _encode_own(y, scale[:, None], ENCODING)
+                place = slot * h.scale_stride_row + tile * h.scale_stride_step
+                gl.store(h.scale + place, scale)
+            else:
+                encoded = _encode(y, gl.load(h.scale), ENCODING)
             h_buf = ring.h.index(NUMBER)
             tma_store_wait(0)
             h_buf.store(encoded)
             fence_async_shared()
             tma_store(h_desc, [first_slot, tile * WIDTH], h_buf)
-            gl.store(h.scale + slot * h.scale_stride_row + tile * h.scale_stride_step, scale)
         else:
             is_inside = (choice >= 0)[:, None]
             if not PLAN.IS_DIVISIBLE:
@@ -270,7 +277,6 @@ def _up_kernel(
     ACTIVATION: gl.constexpr,
     PLAN: gl.constexpr,
 ):
-    gdc_launch_dependents()
     PARTS: gl.constexpr = 2 if ACTIVATION.IS_GATED else 1
     GROUPS: gl.constexpr = PLAN.ROWS // 64
     dtype: gl.constexpr = w_desc.dtype
@@ -297,6 +303,7 @@ def _up_kernel(
     ring = Ring(x_bufs, gate_bufs, up_bufs, full, full_up, empty, h_bufs)
 
     gdc_wait()
+    gdc_launch_dependents()
     blocks = gl.load(slots.num_used) // PLAN.ROWS
     tiles, steps = gl.cdiv(num_columns, WIDTH), gl.cdiv(depth, WIDTH)
     sizes = Sizes(blocks, tiles, steps, depth, num_columns)
@@ -335,7 +342,7 @@ def fused_up(
     assert isinstance(w, QTensor)
     num_experts, _, depth = w.shape
     width = experts.w2.shape[2]
-    h = empty_h(routing.num_slots, width, x.data, x.format)
+    h = empty_h(routing.num_slots, width, x.data, x.format, experts.w2_input_scale)
     if routing.num_slots == 0:
         return h
     parts = 2 if experts.activation.gated else 1

@@ -186,7 +186,6 @@ def _up_kernel(
     ACTIVATION: gl.constexpr,
     PLAN: gl.constexpr,
 ):
-    gdc_launch_dependents()
     STAGES: gl.constexpr = PLAN.STAGES
     x_layout: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 16, 2)
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, PLAN.ROWS, WIDTH], x_layout)
@@ -203,6 +202,7 @@ def _up_kernel(
     ring = Ring(x_bufs, w_bufs, full, empty, h_bufs)
 
     gdc_wait()
+    gdc_launch_dependents()
     blocks = gl.load(slots.num_used) // PLAN.ROWS
     tiles, steps = gl.cdiv(num_columns, WIDTH), gl.cdiv(depth, WIDTH)
     sizes = Sizes(blocks, tiles, steps, depth, num_columns)

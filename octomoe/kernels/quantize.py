@@ -253,14 +253,16 @@ def quantize(
     scale: Tensor | None = None,
     seed: Tensor | None = None,
     config: TileConfig | None = None,
+    out: QTensor | None = None,
     is_chained: bool = False,
 ) -> QTensor:
     """Quantise ``[rows, columns]`` or ``[experts, rows, columns]``; see `octomoe.quantize`.
 
-    `is_chained`: it may run beside the kernel before, which does not make x, and end after it.
+    `is_chained`: it may run beside the kernel before, and end after it. That kernel must not make
+    x, nor may `out` be memory that it uses.
     """
     shape = tuple(x.shape)
-    q = empty_quantized(shape, format, layout, x.device)
+    q = empty_quantized(shape, format, layout, x.device) if out is None else out
     if q.scale.numel() == 0:
         return q
     config = config or quantize_config(

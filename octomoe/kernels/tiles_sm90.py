@@ -2,13 +2,17 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from octomoe.core.device import num_sms
+from octomoe.core.experts import Weight
+from octomoe.core.formats import ALL, Format
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.chain import chain_arguments
 from octomoe.kernels.expert_tiles import STEP, has_steps, row_scale, scale_rows, weight_scale
+from octomoe.kernels.fused_moe import has_steps_only
 from octomoe.kernels.gluon_shim import (
     TensorDescriptor,
     gl,
@@ -104,6 +108,18 @@ def plan_of(w: QTensor, bias: Tensor | None, rows: int, num_stages: int, group: 
     )
 
 
+def is_known(format: Format) -> bool:
+    """Whether it is E4M3 with float32 scales."""
+    return format.element.dtype == torch.float8_e4m3fn and format.scale_dtype == torch.float32
+
+
+def has_tiles(w: Weight, steps: bool) -> bool:
+    """Whether w is E4M3, by TMA, under float32 scales of 128 x 128, without `steps` of rows."""
+    if not has_steps_only(w) or not isinstance(w, QTensor) or not is_known(w.format):
+        return False
+    return w.data.data_ptr() % 16 == 0 and w.format.block[1] in ((STEP,) if steps else (1, ALL))
+
+
 def bytes_by_tma(data: Tensor, box: list[int]) -> TensorDescriptor:
     """Tiles of 8-bit matrices, whose last axis is a step."""
     return TensorDescriptor.from_tensor(data, box, gl.NVMMASharedLayout(STEP, 8, len(box)))
@@ -180,10 +196,24 @@ def _of_columns(ptr, column, num_columns, IS_DIVISIBLE: gl.constexpr):
 
 
 @gluon.jit
-def _late_scale(x_scale, w_scale_ptr, column, num_columns, PLAN: gl.constexpr):
-    """What multiplies a finished product, where scales do not change by the step."""
+def _row_scale(x_scale_ptrs, w_scale_ptr, PLAN: gl.constexpr):
+    """Of each row, as a column: its scale, times that of the weights where they have one for all.
+
+    It is loaded before there is a product.
+    """
+    scale = gl.load(x_scale_ptrs)
     if PLAN.SCALE_ROWS == 0:
-        scale = x_scale * gl.load(w_scale_ptr)
-    else:
+        scale = scale * gl.load(w_scale_ptr)
+    return scale[:, None]
+
+
+@gluon.jit
+def _late_scale(x_scale, w_scale_ptr, column, num_columns, PLAN: gl.constexpr):
+    """What multiplies a finished product, where scales do not change by the step.
+
+    `x_scale`: of rows, `_row_scale`.
+    """
+    scale = x_scale
+    if PLAN.SCALE_ROWS > 0:
         scale = x_scale * _of_columns(w_scale_ptr, column, num_columns, PLAN.IS_DIVISIBLE)
     return scale

@@ -288,6 +288,9 @@ def _decode(key: LayerKey, num_tokens: int, target: Target) -> list[Config]:
         for columns, n in ((128, 3), (128, most), (256, 3))
     ]
     made += [replace(default, up_stages=n) for n in (3, 4, 5, 6)]
+    made += [
+        replace(default, down_splits=n, down_stages=3) for n in (2, 4, 8) if 128 * n < key.width
+    ]
     made += [replace(default, resident=1, up_stages=n, down_stages=5) for n in (8, 11)]
     made += [replace(default, group=n, down_stages=max(default.down_stages, n)) for n in (1, 3)]
     made += [replace(default, rows=n, up_stages=min(default.up_stages, 5)) for n in (8, 16)]

@@ -242,6 +242,7 @@ class DecodeConfig:
         is_encoded: rows are quantised by a kernel before, not on their way.
         is_sorted: a routing is built before; otherwise every program sorts the choices, if these
             are no more than 128.
+        down_splits: the same of the depth of w2.
     """
 
     rows: int = 8
@@ -254,3 +255,4 @@ class DecodeConfig:
     combined: int = 256
     is_encoded: bool = False
     is_sorted: bool = False
+    down_splits: int = 1

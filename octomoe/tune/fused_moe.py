@@ -27,8 +27,12 @@ WIDE_CONFIGS: Final = (
 # Rows of an expert up to which Hopper's kernels for few rows are faster, also if it is narrow, and
 # up to which a tile of theirs has 8 rows.
 _DECODE, _DECODE_NARROW, _DECODE_FEW = 2.25, 12, 4
+# The first of them where tensor cores take rows in so many pieces.
+_DECODE_PIECES: Final = {2: 14, 4: 6}
 # Choices that programs sort by themselves, and programs that keep memory busy.
 _SORTED, _BUSY = 32, 80
+# A depth of w2 of which parts are worth adding.
+_LONG = 1024
 # What each doubling of the parts of a depth costs: their sums are written and read.
 _COST = 1.3
 # The longest depth of the down-projection whose rows fit beside its weights, and the longest for
@@ -126,11 +130,18 @@ def wide_config(
 
 
 def decode_config(
-    num_tokens: int, num_choices: int, num_experts: int, width: int, depth: int, target: Target
+    num_tokens: int,
+    num_choices: int,
+    num_experts: int,
+    width: int,
+    depth: int,
+    target: Target,
+    *,
+    pieces: int = 1,
 ) -> DecodeConfig | None:
     """How Hopper's kernels for few rows run; None where an expert has too many for them.
 
-    `width`, `depth`: F and D.
+    `width`, `depth`: F and D. `pieces`: that tensor cores take a row in, 2 of bf16, 4 of MXFP8.
 
     >>> h200 = Target("NVIDIA H200", arch=90, sms=132)
     >>> decode_config(1, 10, 512, 128, 2048, h200).splits
@@ -141,10 +152,21 @@ def decode_config(
     choices = num_tokens * num_choices
     rows = choices / max(num_experts, 1)
     most = _DECODE_NARROW if width <= 128 else _DECODE
+    most = _DECODE_PIECES.get(pieces, most)
     if target.arch != 90 or choices == 0 or rows > most:
         return None
+    few = rows <= _DECODE_FEW
+    if choices > _SORTED and pieces > 1:
+        is_narrow = few or pieces > 2
+        return DecodeConfig(
+            8 if is_narrow else 16,
+            256 if is_narrow else 128,
+            up_stages=5,
+            down_stages=3 if is_narrow else 4,
+            combined=_combined(num_tokens),
+            is_sorted=True,
+        )
     if choices > _SORTED:
-        few = rows <= _DECODE_FEW
         return DecodeConfig(
             8 if few else 16,
             256,
@@ -157,7 +179,19 @@ def decode_config(
     splits = 1
     while splits < 8 and choices * ceil(width / 64) * splits < _BUSY and depth >= 512 * splits:
         splits *= 2
-    return DecodeConfig(8, 128, splits, up_stages=4, down_stages=2, combined=128)
+    down_splits, is_long = 1, width >= _LONG
+    while choices * ceil(depth / 128) * down_splits < 2 * _BUSY and width >= _LONG * down_splits:
+        down_splits *= 2
+    down_splits = min(down_splits, 8)
+    return DecodeConfig(
+        8,
+        128,
+        splits,
+        up_stages=4,
+        down_stages=5 if is_long else 2,
+        combined=128,
+        down_splits=down_splits,
+    )
 
 
 def _legal(

@@ -137,8 +137,9 @@ def _decode(config: DecodeConfig, scales: str, target: Target) -> str | None:
     if config.rows not in (8, 16) or config.columns not in (128, 256):
         got = f"{config.rows} by {config.columns}"
         return f"tiles are 8 or 16 rows by 128 or 256 columns, not {got}"
-    if config.splits not in (1, 2, 4, 8):
-        return f"the depth is cut into 1, 2, 4 or 8 parts, not {config.splits}"
+    for splits in (config.splits, config.down_splits):
+        if splits not in (1, 2, 4, 8):
+            return f"a depth is cut into 1, 2, 4 or 8 parts, not {splits}"
     if config.group > min(config.up_stages, config.down_stages):
         return f"{config.group} steps are asked for together, more than there are stages"
     smem = _smem_of_one(target, config.resident)

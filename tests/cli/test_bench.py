@@ -108,6 +108,26 @@ def test_all_of_it(machine, tmp_path):
     assert "times as fast as the fastest peer: 1.20 to 1.20, geometric mean 1.20 of 4" in err
 
 
+def test_a_wrong_output_ends_it_in_one_line(machine, monkeypatch, tmp_path):
+    right, calls = bench.measure, []
+
+    def measure(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise AssertionError("octomoe: relative error 0.5")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    out = tmp_path / "records.jsonl"
+    done = run(*OWN, "--tokens", "1,2", "--mode", "layer", "--routing", "balanced", "--out", out)
+    assert done.exit_code == 1
+    assert str(done.exception) == (
+        "bench moe: octomoe: relative error 0.5; please report it, with the command; "
+        f"{out} has what was measured before"
+    )
+    assert [result["tokens"] for result in json.loads(out.read_text())["results"]] == [1]
+
+
 def test_one_of_each(machine):
     arguments = ["--shape", "Q3N", *OWN, "--mode", "layer", "--routing", "skewed"]
     result = run(*arguments, "--tokens", 2, "--tokens", 7, "--format", "channel")

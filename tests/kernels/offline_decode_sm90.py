@@ -10,7 +10,14 @@ from offline import compile_launches, in_memory, main
 
 from octomoe.core.activations import SILU, SWIGLU_OAI, Activation
 from octomoe.core.experts import ExpertWeights
-from octomoe.core.formats import FP8_BLOCK128, FP8_CHANNEL, FP8_GROUP128, FP8_TENSOR, FP8_TOKEN
+from octomoe.core.formats import (
+    FP8_BLOCK128,
+    FP8_CHANNEL,
+    FP8_GROUP128,
+    FP8_TENSOR,
+    FP8_TOKEN,
+    MXFP8,
+)
 from octomoe.core.qtensor import QTensor
 from octomoe.core.routing import Routing
 from octomoe.kernels.decode_moe_sm90 import experts_forward
@@ -21,7 +28,11 @@ PAIRS = {
     "block128 x group128": (FP8_BLOCK128, FP8_GROUP128),
     "channel x token": (FP8_CHANNEL, FP8_TOKEN),
     "tensor x static": (FP8_TENSOR, FP8_TENSOR),
+    "block128 x bf16": (FP8_BLOCK128, None),
+    "channel x bf16": (FP8_CHANNEL, None),
+    "mxfp8 x mxfp8": (MXFP8, MXFP8),
 }
+IN_PIECES = ("block128 x bf16", "channel x bf16", "mxfp8 x mxfp8")
 ONE = DecodeConfig(8, 128, splits=2, up_stages=4, down_stages=2, combined=128)
 SORTED = {"is_encoded": True, "is_sorted": True}
 # Tokens and how they are run: what heuristics choose, and what tables may.
@@ -30,6 +41,7 @@ CONFIGS = {
     "one token in four parts": (1, replace(ONE, splits=4)),
     "eight tokens, sorted by programs": (8, replace(ONE, splits=1, is_encoded=True)),
     "few rows": (32, DecodeConfig(8, 256, up_stages=6, down_stages=3, **SORTED)),
+    "rows in pieces": (32, DecodeConfig(8, 128, up_stages=5, down_stages=4, is_sorted=True)),
     "some rows": (128, DecodeConfig(16, 256, up_stages=5, down_stages=3, **SORTED)),
 }
 # Of an activation, and whether there are biases.
@@ -45,8 +57,14 @@ CASES = {
     for name in ACTIVATIONS
     for config in CONFIGS
     # Formats differ on the way in, activations where sums are put together.
-    if (name == "silu" and (pair.startswith("block128") or config in ("one token", "some rows")))
-    or (config == "one token" and pair.startswith("block128") and name != "relu2 ungated")
+    if (pair in IN_PIECES and name == "silu" and config in ("one token", "rows in pieces"))
+    or (
+        name == "silu"
+        and pair not in IN_PIECES
+        and config != "rows in pieces"
+        and (pair == "block128 x group128" or config in ("one token", "some rows"))
+    )
+    or (config == "one token" and pair == "block128 x group128" and name != "relu2 ungated")
 }
 
 

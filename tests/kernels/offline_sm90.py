@@ -23,7 +23,7 @@ SLOTS = 1024
 PAIRS = {
     "block128 x group128": (FP8_BLOCK128, FP8_GROUP128),
     "channel x token": (FP8_CHANNEL, FP8_TOKEN),
-    "tensor x tensor": (FP8_TENSOR, FP8_TENSOR),
+    "tensor x static": (FP8_TENSOR, FP8_TENSOR),
 }
 # Of an activation, and whether there are biases.
 ACTIVATIONS = {
@@ -47,12 +47,15 @@ def halves(pair: str, name: str, config: PrefillConfig) -> None:
     weights, activations = PAIRS[pair]
     activation, has_bias = ACTIVATIONS[name]
     rows = WIDTH * (2 if activation.gated else 1)
+    static = torch.ones(1, 1) if pair == "tensor x static" else None
     experts = ExpertWeights(
         in_memory((EXPERTS, rows, HIDDEN), weights),
         in_memory((EXPERTS, HIDDEN, WIDTH), weights),
         activation,
         torch.empty(EXPERTS, rows) if has_bias else None,
         torch.empty(EXPERTS, HIDDEN) if has_bias else None,
+        static,
+        static,
     )
     routing = Routing(
         torch.empty(EXPERTS + 1, dtype=torch.int32),

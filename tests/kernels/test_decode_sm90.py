@@ -18,6 +18,8 @@ from octomoe import (
     FP8_GROUP128,
     FP8_TENSOR,
     FP8_TOKEN,
+    MXFP8,
+    MXFP8_E5M2,
     SILU,
     SWIGLU_OAI,
     Activation,
@@ -36,6 +38,9 @@ PAIRS = {
     "channel x token": (FP8_CHANNEL, FP8_TOKEN),
     "tensor x static": (FP8_TENSOR, FP8_TENSOR),
     "expert x token": (FP8_EXPERT, FP8_TOKEN),
+    "block x bf16": (FP8_BLOCK128, None),
+    "channel x bf16": (FP8_CHANNEL, None),
+    "mxfp8 x mxfp8": (MXFP8, MXFP8),
 }
 CONFIGS = {
     "two parts": DecodeConfig(8, 128, splits=2, up_stages=4, down_stages=2, combined=128),
@@ -45,6 +50,9 @@ CONFIGS = {
     "sorted before": DecodeConfig(8, 256, up_stages=4, down_stages=3, is_sorted=True),
     "few rows": DecodeConfig(8, 256, up_stages=6, down_stages=3, is_encoded=True, is_sorted=True),
     "some rows": DecodeConfig(16, 256, up_stages=5, down_stages=3, is_encoded=True, is_sorted=True),
+    "parts of both depths": DecodeConfig(
+        8, 128, splits=2, up_stages=4, down_stages=3, combined=128, down_splits=2
+    ),
 }
 # tokens, experts, choices, hidden size, width
 FEW = (40, 8, 2, 512, 256)
@@ -52,8 +60,15 @@ HOPPER = Target("NVIDIA H200", arch=90, sms=132)
 # A value of h may be rounded to its neighbour; of few, one weighs more.
 AGREES_DB, AGREES_OF_FEW_DB = 38.0, 33.0
 
+MX = "mxfp8 x mxfp8"
+NOT_MX = [pair for pair in PAIRS if pair != MX]
 EACH_PAIR = pytest.mark.parametrize("pair", PAIRS)
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def config_for(pair, config):
+    """Of 16 rows in four pieces, products fill the registers."""
+    return replace(config, rows=8) if PAIRS[pair][1] == MXFP8 else config
 
 
 def make_layer(case, pair, activation=SILU, *, has_bias=False, device="cuda"):
@@ -102,7 +117,7 @@ def options_of(pair, expert_map=None):
 def assert_agrees(sqnr_db):
     def check(inputs, experts, pair, config, expert_map=None):
         x_TD, weights_TA, ids_TA = inputs
-        options = options_of(pair, expert_map)
+        options, config = options_of(pair, expert_map), config_for(pair, config)
         expected = fused_moe_reference(x_TD, experts, weights_TA, ids_TA, **options)
         actual = decode(x_TD, experts, weights_TA, ids_TA, **options, config=config)
         assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
@@ -147,11 +162,12 @@ def test_activations(activation, has_bias, pair, config, draw_ids, assert_agrees
 @pytest.mark.parametrize(
     ("case", "pair"),
     [
-        *product([(1, 5, 3, 1040, 640), (9, 300, 10, 2048, 128), (333, 7, 3, 272, 384)], PAIRS),
+        *product([(1, 5, 3, 1040, 640), (9, 300, 10, 2048, 128), (333, 7, 3, 272, 384)], NOT_MX),
+        *product([(1, 5, 3, 1024, 640), (9, 300, 10, 2048, 128), (333, 7, 3, 256, 384)], [MX]),
         # A depth of fewer steps than it has parts.
         *product([(50, 4, 3, 128, 256)], PAIRS),
         # Of scales that change by the step, a width is a multiple of 128.
-        *product([(13, 7, 3, 400, 208)], ["channel x token", "tensor x static"]),
+        *product([(13, 7, 3, 400, 208)], ["channel x token", "tensor x static", "channel x bf16"]),
     ],
 )
 def test_sizes(case, pair, config, draw_ids, assert_agrees):
@@ -175,7 +191,7 @@ def test_local_experts(config, draw_ids, assert_agrees):
 def test_runs_and_orders_of_experts_have_the_same_bits(pair, config, draw_ids, assert_same_bits):
     experts = make_layer(FEW, pair)
     x_TD, weights_TA, ids_TA = make_inputs(FEW, draw_ids)
-    options = options_of(pair) | {"config": config}
+    options = options_of(pair) | {"config": config_for(pair, config)}
     expected = decode(x_TD, experts, weights_TA, ids_TA, **options)
     for _ in range(20):
         assert_same_bits(decode(x_TD, experts, weights_TA, ids_TA, **options), expected)
@@ -213,12 +229,14 @@ def test_a_graph_follows_the_routing(config, draw_ids, assert_same_bits):
 
 @pytest.mark.gpu
 @EACH_CONFIG
-def test_a_nan_stays_in_its_token(config, draw_ids, assert_same_bits):
-    experts = make_layer(FEW, "block x group")
+@pytest.mark.parametrize("pair", ["block x group", "block x bf16", "mxfp8 x mxfp8"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_nan_stays_in_its_token(value, pair, config, draw_ids, assert_same_bits):
+    experts = make_layer(FEW, pair)
     x_TD, weights_TA, ids_TA = make_inputs(FEW, draw_ids)
-    options = options_of("block x group") | {"config": config}
+    options = options_of(pair) | {"config": config_for(pair, config)}
     clean_TD = decode(x_TD, experts, weights_TA, ids_TA, **options)
-    x_TD[0, 7] = torch.nan
+    x_TD[0, 7] = value
     y_TD = decode(x_TD, experts, weights_TA, ids_TA, **options)
     assert y_TD[0].isnan().all()
     assert_same_bits(y_TD[1:], clean_TD[1:])
@@ -234,6 +252,32 @@ def test_hidden_states_may_be_part_of_something(draw_ids, assert_same_bits):
     wide[:, 3:-5] = x_TD
     turned = weights_TA.T.contiguous().T, ids_TA.int().T.contiguous().T
     assert_same_bits(decode(wide[:, 3:-5], experts, *turned, **options), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pair", ["block x bf16", "channel x bf16", "mxfp8 x mxfp8"])
+def test_rows_of_any_magnitude(pair, draw_ids, assert_agrees):
+    x_TD, weights_TA, ids_TA = make_inputs(FEW, draw_ids)
+    # Over 60 octaves from row to row, over 12 within each.
+    x_TD *= torch.logspace(-30, 30, FEW[0], base=2, device="cuda").unsqueeze(1)
+    x_TD *= torch.logspace(-6, 6, FEW[3], base=2, device="cuda")
+    x_TD[3] = 0
+    experts = make_layer(FEW, pair, Activation.parse("relu2"))
+    for row in range(FEW[0]):
+        inputs = x_TD[row : row + 1], weights_TA[row : row + 1], ids_TA[row : row + 1]
+        assert_agrees(inputs, experts, pair, CONFIGS["two parts"])
+
+
+@pytest.mark.gpu
+def test_a_scale_that_is_nan_spoils_its_row(draw_ids):
+    experts = make_layer(FEW, MX)
+    experts.w2.scale.view(torch.uint8)[:, 5, 1] = 0xFF
+    x_TD, weights_TA, ids_TA = make_inputs(FEW, draw_ids)
+    options = options_of(MX) | {"config": CONFIGS["two parts"]}
+    y_TD = decode(x_TD, experts, weights_TA, ids_TA, **options)
+    assert y_TD[:, 5].isnan().all()
+    y_TD[:, 5] = 0
+    assert y_TD.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +296,8 @@ def test_hidden_states_may_be_part_of_something(draw_ids, assert_same_bits):
             (512, 10, 512, 128, 2048),
             DecodeConfig(16, 256, 1, 5, 3, is_encoded=True, is_sorted=True),
         ),
+        # Few wide experts: parts of both depths.
+        ((1, 2, 8, 14336, 4096), DecodeConfig(8, 128, 1, 4, 5, combined=128, down_splits=4)),
         ((512, 8, 128, 384, 4096), None),
         ((0, 8, 128, 384, 4096), None),
         ((1, 0, 128, 384, 4096), None),
@@ -262,6 +308,17 @@ def test_what_a_heuristic_chooses(sizes, expected):
     assert decode_config(*sizes, Target("NVIDIA A100", arch=80, sms=108)) is None
 
 
+def test_rows_in_pieces_are_sorted_before():
+    sizes = (32, 8, 128, 384, 4096)
+    for pieces in (2, 4):
+        expected = DecodeConfig(8, 256, 1, 5, 3, is_sorted=True)
+        assert decode_config(*sizes, HOPPER, pieces=pieces) == expected
+    many = (128, *sizes[1:])
+    expected = DecodeConfig(16, 128, 1, 5, 4, is_sorted=True)
+    assert decode_config(*many, HOPPER, pieces=2) == expected
+    assert decode_config(*many, HOPPER, pieces=4) is None
+
+
 def test_reasons():
     experts = make_layer(FEW, "tensor x static", device="cpu")
     assert why_not(experts, 8, FP8_TENSOR) is None
@@ -270,3 +327,11 @@ def test_reasons():
     said = "the intermediate has one scale, which all of its rows make"
     assert why_not(dynamic, 8, FP8_TENSOR) == said
     assert why_not(make_layer(FEW, "channel x token", device="cpu"), 8, FP8_TOKEN) is None
+    assert why_not(experts, 8, None) is None
+    assert why_not(make_layer(FEW, MX, device="cpu"), 8, MXFP8) is None
+    said = "weights and activations are not both MXFP8 with E4M3"
+    assert why_not(make_layer(FEW, MX, device="cpu"), 8, MXFP8_E5M2) == said
+    said = "weights are not E4M3 with float32 scales of rows, or of 128 x 128 blocks"
+    assert why_not(make_layer(FEW, MX, device="cpu"), 8, None) == said
+    said = "sizes 512 and 224 are no multiples of 128"
+    assert why_not(make_layer((40, 8, 2, 512, 224), MX, device="cpu"), 8, MXFP8) == said

@@ -362,7 +362,9 @@ def test_rows_of_an_expert_choose_the_kernels(pair, hopper):
 @pytest.mark.parametrize("pair", WIDE_PAIRS)
 def test_rows_of_an_expert_choose_the_kernels_where_operands_meet_in_bf16(pair, hopper):
     has_room = pair in ("mxfp8 x mxfp8", "mxfp8_2d x mxfp8_e5m2", "channel e5m2")
-    assert [chosen(n, pair) for n in (0, 4, 80)] == [None] * 3
+    pieces = {"block": 2, "mxfp8 x mxfp8": 4}.get(pair)
+    few = pieces and decode_config(4, 2, 8, 256, 512, hopper, pieces=pieces)
+    assert [chosen(n, pair) for n in (0, 4, 80)] == [None, few, None]
     assert [chosen(n, pair) for n in (400, 8192)] == [WIDE_CONFIGS[0], WIDE_CONFIGS[has_room]]
 
 
@@ -397,7 +399,7 @@ def test_a_table_is_asked_for_what_can_run(pair, num_choices, kinds, hopper, mon
         ("mxfp8 x mxfp8", WIDE_CONFIGS[0], "wide"),
         ("block", WIDE_CONFIGS[0], "wide"),
         ("block", fused_moe_config(4, 2, 8, 256, target=HOPPER), "portable"),
-        ("mxfp8 x mxfp8", None, "portable"),
+        ("mxfp8_2d x mxfp8_e5m2", None, "portable"),
     ],
 )
 def test_a_configuration_says_whose_kernels_run(pair, config, runs, hopper, monkeypatch):
