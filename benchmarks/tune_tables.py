@@ -22,7 +22,7 @@ from octomoe.cli.tune import tune_shape
 from octomoe.cli.tune_view import verdict
 from octomoe.core.device import Target
 from octomoe.tune.entries import LayerKey, Table, read_table
-from octomoe.tune.shapes import NUM_GPUS, layers_of, model_shapes
+from octomoe.tune.shapes import NUM_GPUS, Owner, layers_of, model_shapes
 from octomoe.tune.tables import BUCKETS, scales_of, table_path
 
 TABLES = Path(octomoe.__file__).with_name("tune") / "tables"
@@ -30,7 +30,7 @@ TABLES = Path(octomoe.__file__).with_name("tune") / "tables"
 SHARE = 0.6
 
 
-def layers_to_tune(options: argparse.Namespace) -> dict[LayerKey, str]:
+def layers_to_tune(options: argparse.Namespace) -> dict[LayerKey, Owner]:
     """The layers that are asked for, and whose they are."""
     models = [
         model
@@ -56,9 +56,9 @@ def main() -> int:
     options = parse()
     layers = layers_to_tune(options)
     if options.list:
-        for key, whose in layers.items():
+        for key, owner in layers.items():
             sizes = f"E={key.num_experts} F={key.width} D={key.depth} A={key.num_choices}"
-            print(f"{sizes:36} {whose}")
+            print(f"{sizes:36} {owner.whose}")
         return 0
     if not torch.cuda.is_available():
         print("tune_tables: no CUDA device; --list shows what there is", file=sys.stderr)
@@ -66,9 +66,9 @@ def main() -> int:
     console, target = Console(stderr=True), Target.of("cuda")
     out = options.out or table_path(TABLES, target.name)
     end = monotonic() + options.total_seconds
-    for index, (key, whose) in enumerate(layers.items()):
+    for index, (key, owner) in enumerate(layers.items()):
         table = read_table(out) if out.exists() and not options.again else Table(target.name)
-        title = f"{index + 1} of {len(layers)}: {whose}, {options.format}"
+        title = f"{index + 1} of {len(layers)}: {owner.whose}, {options.format}"
         if reason := why_skip(key, table, options.tokens, target.memory):
             console.print(f"{title}: passed over, {reason}", highlight=False)
             continue
@@ -76,7 +76,8 @@ def main() -> int:
         if seconds <= 0:
             console.print(f"Out of time before {title}.", highlight=False)
             break
-        shape = Shape(whose, key.num_experts, key.width, key.depth, key.num_choices)
+        sizes = key.num_experts, key.width, key.depth, key.num_choices
+        shape = Shape(owner.whose, *sizes, has_shared=owner.has_shared)
         entry = tune_shape(
             console,
             shape,

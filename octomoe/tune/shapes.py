@@ -24,6 +24,7 @@ class ModelShape:
         name, model_type: the model, and what its config.json calls its kind.
         num_experts, num_choices, width, depth: E, A, F, D.
         source: where these numbers are from.
+        has_shared: every token chooses the last expert.
     """
 
     name: str
@@ -33,6 +34,15 @@ class ModelShape:
     width: int
     depth: int
     source: str
+    has_shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose a layer is, on how many GPUs, and whether every token chooses the last expert."""
+
+    whose: str
+    has_shared: bool
 
 
 @cache
@@ -48,18 +58,20 @@ def model_shapes() -> tuple[ModelShape, ...]:
 
 def layers_of(
     models: Iterable[ModelShape], scales: str, num_gpus: Iterable[int] = NUM_GPUS
-) -> dict[LayerKey, str]:
+) -> dict[LayerKey, Owner]:
     """The layers that GPUs hold, and whose they are.
 
     >>> [key.width for key in layers_of(model_shapes()[:1], "block")]
     [768, 384, 256, 128]
     """
-    found: dict[LayerKey, str] = {}
+    found: dict[LayerKey, Owner] = {}
     multiple = _MULTIPLES[scales]
     for model in models:
         for count in num_gpus:
             width = -(-model.width // (count * multiple)) * multiple if count > 1 else model.width
             key = LayerKey(model.num_experts, width, model.depth, model.num_choices, scales)
             whose = f"{model.name}, {count} GPU{'s' if count > 1 else ''}"
-            found[key] = f"{found[key]}; {whose}" if key in found else whose
+            if key in found:
+                whose = f"{found[key].whose}; {whose}"
+            found[key] = Owner(whose, model.has_shared)
     return found

@@ -53,7 +53,7 @@ def time_graphs(
     torch.cuda.synchronize()
     timings = {}
     for name, pairs in events.items():
-        us = [1e3 * start.elapsed_time(end) for start, end in pairs]
+        us = [round(1e3 * start.elapsed_time(end), 2) for start, end in pairs]
         timings[name] = Timing(median(us), min(us), max(us))
     return timings
 

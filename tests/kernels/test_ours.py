@@ -40,7 +40,9 @@ def make(kernel_device):
 
 
 @pytest.mark.parametrize("num_tokens", [64, 65], ids=["128 choices", "130 choices"])
-@pytest.mark.parametrize("recipe", ["block128", "tensor-static", "channel", "expert"])
+@pytest.mark.parametrize(
+    "recipe", ["block128", "tensor-static", "channel", "expert", "mxfp8", "weight-only"]
+)
 def test_few_rows_are_prepared_as_by_the_op(recipe, num_tokens, make, monkeypatch):
     problem, calls = make(recipe, num_tokens), []
 
@@ -51,6 +53,7 @@ def test_few_rows_are_prepared_as_by_the_op(recipe, num_tokens, make, monkeypatc
     monkeypatch.setattr(decode, "experts_forward", forward)
     monkeypatch.setattr(decode, "quantize", lambda *args, **options: problem.x)
     monkeypatch.setattr(decode, "build_blocks", lambda *args, **options: ())
+    monkeypatch.setattr(decode, "route_and_quantize", lambda *args, **options: (problem.x, ()))
     options = {"activation_format": RECIPES[recipe].activations, "routed_scaling_factor": SCALING}
     for is_encoded, is_sorted in product((False, True), repeat=2):
         config = DecodeConfig(is_encoded=is_encoded, is_sorted=is_sorted)
@@ -90,9 +93,9 @@ def test_rows_that_meet_in_bf16_are_in_order(recipe, make, assert_same_bits):
         ("block128", 20, None, True),
         ("block128", 200, PREFILL_CONFIGS[0], True),
         ("tensor", 1, None, True),
-        ("weight-only", 1, None, True),
+        ("weight-only", 1, decode_config(1, 2, 3, 128, 128, HOPPER, pieces=2), True),
         ("weight-only", 40, WIDE_CONFIGS[0], True),
-        ("mxfp8", 1, None, False),
+        ("mxfp8", 1, decode_config(1, 2, 3, 128, 128, HOPPER, pieces=4), False),
         ("mxfp8", 40, WIDE_CONFIGS[0], False),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from octomoe.checkpoint.families import find_family
 from octomoe.tune.candidates import KNOWN_TARGETS, candidates
 from octomoe.tune.kinds import SCALES
-from octomoe.tune.shapes import NUM_GPUS, layers_of, model_shapes
+from octomoe.tune.shapes import NUM_GPUS, Owner, layers_of, model_shapes
 
 MODELS = model_shapes()
 NAMES = {
@@ -47,7 +47,7 @@ def test_sizes_from_transformers_are_what_it_says(model):
 @pytest.mark.parametrize("scales", SCALES)
 def test_a_layer_for_every_number_of_gpus(scales):
     layers = layers_of(MODELS, scales)
-    whose = "; ".join(layers.values())
+    whose = "; ".join(owner.whose for owner in layers.values())
     for model in MODELS:
         for count in NUM_GPUS:
             assert f"{model.name}, {count} GPU" in whose
@@ -62,5 +62,10 @@ def test_shares_are_padded_to_whole_scales():
 
 
 def test_layers_of_several_models_are_listed_once():
-    (whose,) = layers_of([MODELS[0], MODELS[0]], "block", [1]).values()
-    assert whose == "Qwen3-30B-A3B, 1 GPU; Qwen3-30B-A3B, 1 GPU"
+    (owner,) = layers_of([MODELS[0], MODELS[0]], "block", [1]).values()
+    assert owner == Owner("Qwen3-30B-A3B, 1 GPU; Qwen3-30B-A3B, 1 GPU", has_shared=False)
+
+
+def test_every_token_chooses_a_shared_expert():
+    owners = layers_of(MODELS, "block").values()
+    assert all(owner.has_shared == ("shared" in owner.whose) for owner in owners)
