@@ -4,7 +4,7 @@ Weight rows fill the tensor core's tile; the other side has room to spare. What 
 than 8 bits, or more than one scale, for becomes rows of its own there:
 
 - bf16: its 8 significant bits are two numbers of E4M3, which has 4, under a power of two of each
-  128. Of what is less than 2^-14 of the largest, bits below 2^-22 of it are lost.
+  128. Of what is less than 2^-13 of the largest, bits below 2^-20 of it are lost.
 - MXFP8: each 32 of a step lie alone in a row of zeros, so that a product is that of one block.
 """
 
