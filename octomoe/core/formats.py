@@ -146,8 +146,8 @@ class Format:
             target_max=target_max,
         )
 
-    @classmethod
-    def parse(cls, name: str) -> Self:
+    @staticmethod
+    def parse(name: str) -> "Format":
         """Read a format's name, with or without the leading ``fp8_``.
 
         Args:
@@ -159,7 +159,7 @@ class Format:
         >>> Format.parse("channel") == FP8_ROW
         True
         """
-        return cls(*_parse(name))
+        return _parse(name)
 
     @property
     def min_scale(self) -> float:
@@ -206,8 +206,8 @@ def _spell(format: Format) -> str:
 
 
 @cache
-def _parse(name: str) -> tuple[Block, torch.dtype, Element, Rounding, float]:
-    """The fields of the format spelled `name`. Kept: ops parse names at every call."""
+def _parse(name: str) -> Format:
+    """The format spelled `name`. Kept: ops parse names at every call."""
     base, *parts = name.strip().lower().split("-")
     if base not in _BASE_KEYS and f"fp8_{base}" in (_BASE_KEYS | _ALIASES):
         base = f"fp8_{base}"
@@ -226,7 +226,7 @@ def _parse(name: str) -> tuple[Block, torch.dtype, Element, Rounding, float]:
             target_max = float(part.removeprefix("max"))
         else:
             raise ValueError(_unknown_name(name))
-    return block, scale_dtype, element, rounding, target_max
+    return Format(block, scale_dtype, element, rounding, target_max)
 
 
 def _parse_custom_block(base: str) -> tuple[torch.dtype, Block] | None:

@@ -1,6 +1,7 @@
 """Which configuration `fused_moe` takes: by the rows that an expert gets on average."""
 
 from dataclasses import replace
+from functools import lru_cache
 from math import ceil, floor
 from typing import Final
 
@@ -64,6 +65,22 @@ def fused_moe_config(
     >>> fused_moe_config(8192, 8, num_experts=128, width=768, target=h200).up.rows
     128
     """
+    sizes = (num_tokens, num_choices, num_experts, width)
+    return _fused_moe_config(*sizes, has_steps, row_bytes, weight_bytes, target)
+
+
+@lru_cache(maxsize=1024)
+def _fused_moe_config(
+    num_tokens: int,
+    num_choices: int,
+    num_experts: int,
+    width: int,
+    has_steps: bool,
+    row_bytes: int,
+    weight_bytes: int,
+    target: Target,
+) -> FusedMoeConfig:
+    """Kept: without a graph, every call of the op asks."""
     rows = num_tokens * num_choices / max(num_experts, 1)
     active = num_experts * (1 - (1 - 1 / max(num_experts, 1)) ** (num_tokens * num_choices))
     sms = max(target.sms, 1)
