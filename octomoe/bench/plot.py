@@ -1,6 +1,6 @@
 """A picture of measurements: how near contenders come to the device's roofline, or to reading."""
 
-from math import ceil
+from math import ceil, nan
 from typing import TYPE_CHECKING, Any, Final
 
 from octomoe.bench.contender import OURS
@@ -64,15 +64,11 @@ def _panel(
     axes.set_xscale("log", base=2)
     # Ours come last, on top.
     for name, (colour, dashes) in reversed(styles.items()):
-        points = [
-            (result["tokens"], 100 * _basis(result, has_floor) / result["runs"][name]["us"])
-            for result in results
-            if name in result["runs"]
-        ]
+        shares = [_share(result, name, has_floor) for result in results]
         # Where the products bound a layer, its weights are read in less time.
-        points = [point for point in points if name != "read" or point[1] <= _TOP]
-        if points:
-            axes.plot(*zip(*points, strict=True), dashes, color=colour, lw=1.2, marker=".", ms=4)
+        shares = [nan if name == "read" and share > _TOP else share for share in shares]
+        tokens = [result["tokens"] for result in results]
+        axes.plot(tokens, shares, dashes, color=colour, lw=1.2, marker=".", ms=4)
     tokens = [result["tokens"] for result in results]
     axes.set_xticks(tokens, [_short(count) for count in tokens])
     axes.minorticks_off()
@@ -81,6 +77,12 @@ def _panel(
     axes.grid(axis="y")
     model = record["shape"]["model"] or record["layer"]
     axes.set_title(f"{fit(model, 30)}\n{record['mode']}, {record['routing']}", fontsize=8)
+
+
+def _share(result: dict[str, Any], name: str, has_floor: bool) -> float:
+    """In %; NaN, which breaks a line, where a contender was not measured."""
+    run = result["runs"].get(name)
+    return nan if run is None else 100 * _basis(result, has_floor) / run["us"]
 
 
 def _basis(result: dict[str, Any], has_floor: bool) -> float:

@@ -45,5 +45,12 @@ def test_a_peer_that_is_missing_somewhere_has_the_other_points(make_record):
     assert "sglang" in texts(plot_moe([record]))
 
 
+def test_what_was_not_measured_breaks_the_line(make_record):
+    whole, broken = make_record(floors=FLOORS, sglang=2.0), make_record(floors=FLOORS, sglang=2.0)
+    del broken["results"][2]["runs"]["sglang"]
+    moves = [plot_moe([record]).count("M ") for record in (whole, broken)]
+    assert moves[1] == moves[0] + 1
+
+
 def test_nothing_measured_makes_no_picture(make_record):
     assert plot_moe([]) == plot_moe([make_record(floors={})]) == ""
