@@ -49,6 +49,7 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 2,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_heads": 4, "linear_head_dim": 16,
     "mamba_num_heads": 4, "mamba_head_dim": 16, "mamba_d_state": 8, "mamba_n_heads": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "image_token_id": 3, "video_token_id": 4,

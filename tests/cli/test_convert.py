@@ -3,35 +3,19 @@ on stderr, and says by its exit code whether the result holds.
 """
 
 import json
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-import octomoe.cli
 from octomoe.checkpoint.writer import PARTIAL
 
 # The function `convert` hides its module's name.
-MODULE = sys.modules["octomoe.cli.convert"]
+MODULE = import_module("octomoe.cli.convert")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-qwen3-moe"
 TEXT = EXAMPLES / "heldout.txt"
-
-
-@pytest.fixture
-def octomoe_(monkeypatch, capsys):
-    """The command line as a user runs it: exit code, stdout, stderr on a wide terminal."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["octomoe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as exit:
-            octomoe.cli.main()
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize(

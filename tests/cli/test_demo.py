@@ -4,8 +4,6 @@ The figures are those of the README for the first 64 x 512 tokens; here fewer ar
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,17 +17,10 @@ MODEL = EXAMPLES / "tiny-qwen3-moe"
 TEXT = EXAMPLES / "heldout.txt"
 
 
-def run(*arguments):
-    """The command line as a user runs it, refusals included."""
-    return subprocess.run(
-        [sys.executable, "-m", "octomoe", *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     report = tmp_path_factory.mktemp("demo") / "report.html"
-    arguments = ["demo", "--tokens", "4096", "--report", str(report), "--json"]
+    arguments = ["demo", "--tokens", "2048", "--report", str(report), "--json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout), result.stderr, report
@@ -38,7 +29,7 @@ def demo(tmp_path_factory):
 def test_every_scheme_is_measured(demo):
     comparison, _, _ = demo
     assert [r["name"] for r in comparison["results"]] == [s.name for s in SCHEMES]
-    assert comparison["num_tokens"] == 4096
+    assert comparison["num_tokens"] == 2048
 
 
 def test_sound_schemes_cost_little_and_the_averaged_one_collapses(demo):
@@ -63,32 +54,29 @@ def test_the_table_and_the_report_reach_the_user(demo):
     assert report.read_text(encoding="utf-8").count("channel, scales averaged") >= 1
 
 
-def test_a_text_that_is_too_short_is_refused(tmp_path):
+def test_a_text_that_is_too_short_is_refused(octomoe_, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    result = run("demo", "--model", MODEL, "--text", text)
-    assert result.returncode == 1
-    assert "needs at least one of 512 tokens; give a longer text" in result.stderr
-    assert "Traceback" not in result.stderr
+    code, _, err = octomoe_("demo", "--model", MODEL, "--text", text)
+    assert code == 1
+    assert "needs at least one of 512 tokens; give a longer text" in err
 
 
-def test_a_binary_file_is_no_text(tmp_path):
+def test_a_binary_file_is_no_text(octomoe_, tmp_path):
     text = tmp_path / "binary"
     text.write_bytes(b"\xff\xfe\x00")
-    result = run("demo", "--text", text)
-    assert result.returncode == 1
-    assert "which is not UTF-8" in result.stderr
+    code, _, err = octomoe_("demo", "--text", text)
+    assert code == 1
+    assert "which is not UTF-8" in err
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    result = run("demo", "--model", tmp_path, "--text", TEXT)
-    assert result.returncode == 1
-    assert "holds no config.json, but needs a folder with a Hugging Face checkpoint" in (
-        result.stderr
-    )
+def test_a_folder_without_a_model_is_refused(octomoe_, tmp_path):
+    code, _, err = octomoe_("demo", "--model", tmp_path, "--text", TEXT)
+    assert code == 1
+    assert "holds no config.json, but needs a folder with a Hugging Face checkpoint" in err
 
 
-def test_a_dense_model_is_refused(tmp_path):
+def test_a_dense_model_is_refused(octomoe_, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(
         "qwen3",
@@ -103,9 +91,9 @@ def test_a_dense_model_is_refused(tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((MODEL / name).read_bytes())
-    result = run("demo", "--model", tmp_path)
-    assert result.returncode == 1
-    assert "no experts" in result.stderr
+    code, _, err = octomoe_("demo", "--model", tmp_path)
+    assert code == 1
+    assert "no experts" in err
 
 
 @pytest.mark.parametrize(
@@ -116,10 +104,10 @@ def test_a_dense_model_is_refused(tmp_path):
         ("--text", "no-such-file.txt", "No such file or directory: 'no-such-file.txt'"),
     ],
 )
-def test_options_that_cannot_work_are_refused_before_the_work(option, value, message):
-    result = run("demo", option, value)
-    assert result.returncode == 1
-    assert message in result.stderr
+def test_options_that_cannot_work_are_refused_before_the_work(octomoe_, option, value, message):
+    code, _, err = octomoe_("demo", option, value)
+    assert code == 1
+    assert message in err
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

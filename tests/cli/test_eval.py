@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from octomoe import convert_checkpoint
@@ -20,14 +19,6 @@ MODEL, TEXT = ROOT / "examples" / "tiny-qwen3-moe", ROOT / "examples" / "heldout
 MODELS = os.environ.get("OCTOMOE_TEST_MODELS", "")
 
 pytestmark = pytest.mark.plain_memory
-
-
-@pytest.fixture(autouse=True)
-def _all_cores():
-    """Whole models run here."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

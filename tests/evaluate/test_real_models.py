@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from octomoe.cli.text import read_batches
 from octomoe.evaluate.compare import measure_baseline
@@ -20,6 +19,9 @@ pytest.importorskip("transformers", minversion="5.16")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OTHERS = os.environ.get("OCTOMOE_TEST_MODELS")
+# Whole models go through: to fill their memory with NaN takes a third of the time.
+pytestmark = [pytest.mark.slow, pytest.mark.plain_memory]
+
 WEIGHTS_ONLY = ("tensor", "expert", "channel", "block128", "mxfp8", "channel, scales averaged")
 
 
@@ -28,17 +30,12 @@ def measure(model: Path, text: Path, names: tuple[str, ...]):
     loaded = load_model(model)
     batches = read_batches(text, loaded, 64 * 512, 512)
     originals = {name: experts_of(module) for name, module in find_experts(loaded.model)}
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        baseline = measure_baseline(loaded.model, batches, list(originals))
-        schemes = [scheme for scheme in SCHEMES if scheme.name in names]
-        results = [run_scheme(loaded.model, originals, baseline, scheme) for scheme in schemes]
-    finally:
-        torch.set_num_threads(1)
+    baseline = measure_baseline(loaded.model, batches, list(originals))
+    schemes = [scheme for scheme in SCHEMES if scheme.name in names]
+    results = [run_scheme(loaded.model, originals, baseline, scheme) for scheme in schemes]
     return baseline.perplexity, {result.name: result for result in results}
 
 
-@pytest.mark.slow
 def test_bundled_model():
     names = ("channel", "channel, scales averaged")
     perplexity, results = measure(EXAMPLES / "tiny-qwen3-moe", EXAMPLES / "heldout.txt", names)
@@ -49,7 +46,6 @@ def test_bundled_model():
     assert results["channel, scales averaged"].perplexity > 12.5
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(OTHERS is None, reason="OCTOMOE_TEST_MODELS names no folder of models")
 def test_larger_model():
     folder = Path(OTHERS)

@@ -1,16 +1,28 @@
 """Kernels run on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
 
+from octomoe.core.activations import SILU, Activation
+from octomoe.core.experts import ExpertWeights
+from octomoe.core.formats import Format
 from octomoe.core.qtensor import QTensor
+from octomoe.ops.quantize_experts import quantize_experts
 
 # Programs, of which one imports the other as Python finds it beside itself.
 collect_ignore_glob = ["offline*.py"]
+FOLDER = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +122,81 @@ def _loop_bounds() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_unread_sums() -> Iterator[None]:
+    """Add integers once, not a second time in 64 bits to see whether they overflow.
+
+    Triton's interpreter (3.6 to 3.9) does so, and looks at the result in debug mode only: a third
+    of the time of these tests.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    plain = interpreter_builder.options
+    assert not plain.debug
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "options", replace(plain, sanitize_overflow=False))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _dtypes_by_name() -> Iterator[None]:
+    """Remember NumPy's dtype of each of Triton's, whose interpreter (3.6 to 3.9) makes a table of
+    all of them at every operation: a fifth of the time of these tests.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    plain = interpreter._get_np_dtype
+    known = {}
+
+    def numpy_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = plain(dtype.scalar)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _patched_once_per_launch() -> Iterator[None]:
+    """Prepare a module's view of the language once per launch, not at every call of its functions.
+
+    Triton's interpreter (3.6 to 3.9) goes through all of `triton.language` each time a device
+    function is called, and finds its own patches: a quarter of the time of these tests. A launch
+    that fails does not end: what it leaves is forgotten with its test.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang
+    patched = set()
+
+    def patch_lang(function):
+        if function.__module__ in patched:
+            return None
+        scope = plain(function)
+        if not patched:
+            # The kernel's own: its end is the launch's.
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(function.__module__)
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_lang)
+        yield
+
+
 def _rounding(plain: Callable[..., object]) -> Callable[..., object]:
     import triton.language as tl
 
@@ -133,6 +220,106 @@ def _rounding(plain: Callable[..., object]) -> Callable[..., object]:
         return raw.view(f"uint{8 * raw.itemsize}").reshape(value.shape)
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def compile_offline() -> Callable[..., dict[tuple[str, str], list[dict[str, object]]]]:
+    """Run one of the programs that compile kernels; its records by two of their keys.
+
+    Another process does it: one that interprets kernels cannot compile them.
+    """
+
+    def run(program, *arguments, by):
+        environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+        command = [sys.executable, FOLDER / program, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        records = defaultdict(list)
+        for record in map(json.loads, done.stdout.splitlines()):
+            records[tuple(record[key] for key in by)].append(record)
+        return records
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_experts(kernel_device) -> Callable[..., ExpertWeights]:
+    """Experts of a case ``(tokens, experts, choices, .., hidden size, width)``; None: unquantised.
+
+    `is_static`: activations get one scale each that is given.
+    """
+
+    def make(
+        case: tuple,
+        format: Format | None,
+        activation: Activation = SILU,
+        *,
+        has_bias: bool = False,
+        is_static: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = kernel_device,
+    ) -> ExpertWeights:
+        _, num_experts, *_, hidden_size, width = case
+        generator = torch.Generator().manual_seed(1)
+        rows = width * (2 if activation.gated else 1)
+
+        def draw(*shape: int, deviation: float) -> Tensor:
+            return (deviation * torch.randn(shape, generator=generator)).to(device, dtype)
+
+        experts = ExpertWeights(
+            # Every intermediate value is of order one, as in a trained layer.
+            draw(num_experts, rows, hidden_size, deviation=hidden_size**-0.5),
+            draw(num_experts, hidden_size, width, deviation=width**-0.5),
+            activation,
+            draw(num_experts, rows, deviation=0.2) if has_bias else None,
+            draw(num_experts, hidden_size, deviation=0.2) if has_bias else None,
+        )
+        if format is not None:
+            experts = quantize_experts(experts, format)
+        if is_static:
+            scale, scale_mid = torch.tensor([[0.012], [0.03]], device=device)
+            experts = replace(experts, w13_input_scale=scale, w2_input_scale=scale_mid)
+        return experts
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_layer_inputs(kernel_device, draw_ids) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Hidden states, weights and ids of a case, of `num_global` experts if it has some of them."""
+
+    def make(
+        case: tuple,
+        pattern: str = "any",
+        *,
+        num_global: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens, num_experts, num_choices, *_, hidden_size, _ = case
+        generator = torch.Generator().manual_seed(2)
+        x_TD = torch.randn(num_tokens, hidden_size, generator=generator).to(kernel_device, dtype)
+        weights_TA = torch.rand(num_tokens, num_choices, generator=generator)
+        ids_TA = draw_ids(num_tokens, num_global or num_experts, num_choices, pattern, 3)
+        # The weight of a dropped choice is never looked at.
+        weights_TA[ids_TA < 0] = torch.nan
+        return x_TD, weights_TA.to(kernel_device), ids_TA.to(kernel_device)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assert_agrees(sqnr_db) -> Callable[[Tensor, Tensor, float], None]:
+    """Compare a layer's output with the reference's: finite, its noise so many dB below."""
+
+    def check(actual: Tensor, expected: Tensor, least_db: float) -> None:
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        assert actual.isfinite().all()
+        if expected.any():
+            assert sqnr_db(expected, actual) > least_db
+        else:
+            assert not actual.any()
+
+    return check
 
 
 @pytest.fixture(scope="session")

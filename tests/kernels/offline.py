@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import triton
+from offline_layers import blocks_in_memory, experts_in_memory, in_memory
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -31,7 +33,6 @@ from triton.runtime import JITFunction, driver
 
 from octomoe.core.activations import SILU, SWIGLU_OAI
 from octomoe.core.device import Target
-from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import (
     FP8_BLOCK128,
     FP8_COLUMN128,
@@ -339,9 +340,6 @@ def route(num_tokens: int, num_experts: int = 256, has_map: bool = False) -> Non
 
 def layer(num_tokens: int, weights: Format, activations: Format | None) -> None:
     """A layer of 128 experts of which a token chooses 8, from rows to the sum over experts."""
-    experts = ExpertWeights(
-        in_memory((128, 768, 4096), weights), in_memory((128, 4096, 384), weights)
-    )
     config = fused_moe_config(
         num_tokens,
         num_choices=8,
@@ -352,18 +350,11 @@ def layer(num_tokens: int, weights: Format, activations: Format | None) -> None:
         target=machine(),
     )
     num_slots = slot_capacity(num_tokens, 8, 128, config.rows)
-    routing = Routing(
-        torch.empty(129, dtype=torch.int32),
-        torch.empty(num_tokens, 8, dtype=torch.int32),
-        torch.empty(num_slots, dtype=torch.int32),
-        config.rows,
-    )
     experts_forward(
         in_memory((num_tokens, 4096), activations or torch.bfloat16),
-        experts,
+        experts_in_memory(128, 4096, 384, weights),
         torch.empty(num_tokens, 8),
-        routing,
-        torch.empty(num_slots // config.rows, dtype=torch.int32),
+        *blocks_in_memory(num_tokens, 8, 128, num_slots, config.rows),
         activation_format=activations,
         out_dtype=torch.bfloat16,
         routed_scaling_factor=1.0,
@@ -381,13 +372,6 @@ def stack(
     format: Format | torch.dtype = torch.bfloat16, num_rows: int = 4096, width: int = 4096
 ) -> Tensor | QTensor:
     return in_memory((16, num_rows, width), format)
-
-
-def in_memory(shape: tuple[int, ...], format: Format | torch.dtype) -> Tensor | QTensor:
-    if isinstance(format, torch.dtype):
-        return torch.empty(shape, dtype=format)
-    scale = torch.empty(format.scale_shape(shape), dtype=format.scale_dtype)
-    return QTensor(torch.empty(shape, dtype=format.element.dtype), scale, format)
 
 
 @dataclass
@@ -445,9 +429,15 @@ def _gpu_target(name: str) -> GPUTarget:
 
 
 def _measure_cuda(asm: dict[str, Any]) -> dict[str, object]:
+    return _measure_cubin(asm["cubin"])
+
+
+# Cases have kernels in common.
+@cache
+def _measure_cubin(cubin: bytes) -> dict[str, object]:
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
-        file.write_bytes(asm["cubin"])
+        file.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
@@ -482,15 +472,19 @@ def _measure_hip(asm: dict[str, Any]) -> dict[str, object]:
 
 
 def is_worth_it(name: str, target: str) -> bool:
-    """gfx950 differs from gfx942 where it multiplies."""
-    return not target.endswith("gfx950") or bool(CASES[name].tensor_core)
+    """gfx950 differs from gfx942 where it multiplies, in tiles of few rows and of many."""
+    if not target.endswith("gfx950"):
+        return True
+    is_of_another_size = name.endswith((" 1 tokens", " 256 tokens", " 512 tokens"))
+    return bool(CASES[name].tensor_core) and not is_of_another_size
 
 
 def main(compile_job: Callable[[str, str], list[Any]], jobs: list[tuple[str, str]]) -> None:
+    """Print the records of each job, a case and a target."""
     # Results must not come from an earlier run.
     with TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
             for record in chain.from_iterable(pool.map(compile_job, *zip(*jobs, strict=True))):
                 print(json.dumps(record), flush=True)
 

@@ -1,15 +1,13 @@
-"""Compile Hopper's kernels for few rows without a GPU; see `offline.py`.
-
-python tests/kernels/offline_decode_sm90.py
-"""
+"""Compile Hopper's kernels for few rows without a GPU; see `offline_all_sm90.py`."""
 
 from dataclasses import replace
+from itertools import product
 
 import torch
-from offline import compile_launches, in_memory, main
+from offline import compile_launches
+from offline_layers import blocks_in_memory, experts_in_memory, in_memory
 
 from octomoe.core.activations import SILU, SWIGLU_OAI, Activation
-from octomoe.core.experts import ExpertWeights
 from octomoe.core.formats import (
     FP8_BLOCK128,
     FP8_CHANNEL,
@@ -19,7 +17,6 @@ from octomoe.core.formats import (
     MXFP8,
 )
 from octomoe.core.qtensor import QTensor
-from octomoe.core.routing import Routing
 from octomoe.kernels.decode_moe_sm90 import experts_forward
 from octomoe.tune.configs import DecodeConfig
 
@@ -49,22 +46,26 @@ ACTIVATIONS = {
     "silu": (SILU, False),
     "swiglu_oai with biases": (SWIGLU_OAI, True),
     "gelu": (Activation.parse("gelu"), False),
-    "relu2 ungated": (Activation.parse("relu2:ungated"), False),
 }
+
+
+def is_worth_it(pair: str, name: str, config: str) -> bool:
+    """Formats differ on the way in, activations where sums are put together."""
+    if pair in IN_PIECES:
+        return name == "silu" and config in ("one token", "rows in pieces")
+    if config == "one token" and (pair == "block128 x group128" or name == "silu"):
+        return True
+    return (
+        name == "silu"
+        and config != "rows in pieces"
+        and (pair == "block128 x group128" or config == "some rows")
+    )
+
+
 CASES = {
     f"{pair} {name}, {config}": (pair, name, config)
-    for pair in PAIRS
-    for name in ACTIVATIONS
-    for config in CONFIGS
-    # Formats differ on the way in, activations where sums are put together.
-    if (pair in IN_PIECES and name == "silu" and config in ("one token", "rows in pieces"))
-    or (
-        name == "silu"
-        and pair not in IN_PIECES
-        and config != "rows in pieces"
-        and (pair == "block128 x group128" or config in ("one token", "some rows"))
-    )
-    or (config == "one token" and pair == "block128 x group128" and name != "relu2 ungated")
+    for pair, name, config in product(PAIRS, ACTIVATIONS, CONFIGS)
+    if is_worth_it(pair, name, config)
 }
 
 
@@ -73,23 +74,15 @@ def layer(pair: str, name: str, config_name: str) -> None:
     weights, activations = PAIRS[pair]
     activation, has_bias = ACTIVATIONS[name]
     num_tokens, config = CONFIGS[config_name]
-    rows = WIDTH * (2 if activation.gated else 1)
-    static = torch.ones(1, 1) if pair == "tensor x static" else None
-    experts = ExpertWeights(
-        in_memory((EXPERTS, rows, HIDDEN), weights),
-        in_memory((EXPERTS, HIDDEN, WIDTH), weights),
-        activation,
-        torch.empty(EXPERTS, rows) if has_bias else None,
-        torch.empty(EXPERTS, HIDDEN) if has_bias else None,
-        static,
-        static,
+    is_static = pair == "tensor x static"
+    experts = experts_in_memory(
+        EXPERTS, HIDDEN, WIDTH, weights, activation, has_bias=has_bias, is_static=is_static
     )
-    ids = torch.empty(num_tokens, CHOICES, dtype=torch.int32)
     routed = None
+    ids = torch.empty(num_tokens, CHOICES, dtype=torch.int32)
     if config.is_sorted:
-        offsets = torch.empty(EXPERTS + 1, dtype=torch.int32)
-        routing = Routing(offsets, ids, torch.empty(SLOTS, dtype=torch.int32), config.rows)
-        routed = (routing, torch.empty(SLOTS // config.rows, dtype=torch.int32))
+        routed = blocks_in_memory(num_tokens, CHOICES, EXPERTS, SLOTS, config.rows)
+        ids = routed[0].slot_of_choice_TA
     x: torch.Tensor | QTensor = torch.empty(num_tokens, HIDDEN, dtype=torch.bfloat16)
     if config.is_encoded or activations == FP8_TOKEN:
         x = in_memory((num_tokens, HIDDEN), activations)
@@ -108,7 +101,3 @@ def layer(pair: str, name: str, config_name: str) -> None:
 def compile_case(name: str, target: str) -> list[dict[str, object]]:
     """A record per kernel of a case."""
     return compile_launches(lambda: layer(*CASES[name]), {"case": name, "target": target})
-
-
-if __name__ == "__main__":
-    main(compile_case, [(name, "cuda:90") for name in CASES])

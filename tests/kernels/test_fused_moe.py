@@ -6,6 +6,7 @@ have the same bits; a token with a NaN does not touch the others. Memory that no
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,10 +23,8 @@ from octomoe import (
     SILU,
     SWIGLU_OAI,
     Activation,
-    ExpertWeights,
     Target,
     fused_moe,
-    quantize_experts,
 )
 from octomoe.core.formats import E4M3_240, E5M2
 from octomoe.kernels.fused_moe import fused_moe as fused_moe_triton
@@ -86,60 +85,31 @@ CONFIGS = {
 }
 
 
-def make_layer(case, device, pair, activation=SILU, dtype=torch.bfloat16, has_bias=True):
-    _, num_experts, _, _, hidden_size, width = case
-    generator = torch.Generator().manual_seed(1)
-    rows = 2 * width if activation.gated else width
+@pytest.fixture
+def make_layer(make_experts):
+    def make(case, pair, activation=SILU, dtype=torch.bfloat16, has_bias=True):
+        is_static = pair == "tensor x static"
+        options = {"has_bias": has_bias, "is_static": is_static, "dtype": dtype}
+        return make_experts(case, PAIRS[pair][0], activation, **options)
 
-    def draw(*shape, deviation):
-        return (deviation * torch.randn(shape, generator=generator)).to(device, dtype)
-
-    experts = ExpertWeights(
-        # Every intermediate value is of order one, as in a trained layer.
-        draw(num_experts, rows, hidden_size, deviation=hidden_size**-0.5),
-        draw(num_experts, hidden_size, width, deviation=width**-0.5),
-        activation,
-        draw(num_experts, rows, deviation=0.2) if has_bias else None,
-        draw(num_experts, hidden_size, deviation=0.2) if has_bias else None,
-    )
-    weights, _ = PAIRS[pair]
-    if weights is not None:
-        experts = quantize_experts(experts, weights)
-    if pair == "tensor x static":
-        scale, scale_mid = torch.tensor([[0.012], [0.03]], device=device)
-        experts = replace(experts, w13_input_scale=scale, w2_input_scale=scale_mid)
-    return experts
-
-
-def make_inputs(case, device, draw_ids, dtype=torch.bfloat16):
-    num_tokens, num_experts, num_choices, pattern, hidden_size, _ = case
-    generator = torch.Generator().manual_seed(2)
-    x_TD = torch.randn(num_tokens, hidden_size, generator=generator).to(device, dtype)
-    weights_TA = torch.rand(num_tokens, num_choices, generator=generator).to(device)
-    # The weight of a dropped choice is never looked at.
-    ids_TA = draw_ids(num_tokens, num_experts, num_choices, pattern, 3)
-    weights_TA[ids_TA.to(device) < 0] = torch.nan
-    return x_TD, weights_TA, ids_TA.to(device)
+    return make
 
 
 @pytest.fixture
-def assert_agrees(sqnr_db):
-    def check(actual, expected):
-        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-        assert actual.isfinite().all()
-        if expected.any():
-            assert sqnr_db(expected, actual) > AGREES_DB
-        else:
-            assert not actual.any()
+def make_inputs(make_layer_inputs):
+    return lambda case, **options: make_layer_inputs(case, case[3], **options)
 
-    return check
+
+@pytest.fixture
+def assert_agrees(assert_agrees):
+    return partial(assert_agrees, least_db=AGREES_DB)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("pair", PAIRS)
-def test_equals_the_reference(pair, case, kernel_device, draw_ids, assert_agrees):
-    experts = make_layer(case, kernel_device, pair)
-    x_TD, weights_TA, ids_TA = make_inputs(case, kernel_device, draw_ids)
+def test_equals_the_reference(pair, case, make_layer, make_inputs, assert_agrees):
+    experts = make_layer(case, pair)
+    x_TD, weights_TA, ids_TA = make_inputs(case)
     options = {"activation_format": PAIRS[pair][1], "routed_scaling_factor": 2.5}
     actual = fused_moe(x_TD, experts, weights_TA, ids_TA, **options, backend="triton")
     assert_agrees(
@@ -158,11 +128,11 @@ def test_equals_the_reference(pair, case, kernel_device, draw_ids, assert_agrees
         ),
     ],
 )
-def test_tiles_do_not_matter(pair, config, kernel_device, draw_ids, assert_agrees):
+def test_tiles_do_not_matter(pair, config, make_layer, make_inputs, assert_agrees):
     config = CONFIGS[config]
     case = (19, 3, 2, "hole", 256, 80) if config.has_descriptors else MIXED
-    experts = make_layer(case, kernel_device, pair)
-    x_TD, weights_TA, ids_TA = make_inputs(case, kernel_device, draw_ids)
+    experts = make_layer(case, pair)
+    x_TD, weights_TA, ids_TA = make_inputs(case)
     format = PAIRS[pair][1]
     actual = fused_moe_triton(
         x_TD, experts, weights_TA, ids_TA, activation_format=format, config=config
@@ -181,10 +151,9 @@ def test_tiles_do_not_matter(pair, config, kernel_device, draw_ids, assert_agree
     ],
     ids=lambda activation: activation.name,
 )
-def test_activations(activation, config, kernel_device, draw_ids, assert_agrees):
-    experts = make_layer(MIXED, kernel_device, "block x group", activation, has_bias=False)
-    inputs = make_inputs(MIXED, kernel_device, draw_ids)
-    x_TD, weights_TA, ids_TA = inputs
+def test_activations(activation, config, make_layer, make_inputs, assert_agrees):
+    experts = make_layer(MIXED, "block x group", activation, has_bias=False)
+    x_TD, weights_TA, ids_TA = make_inputs(MIXED)
     options = {"activation_format": FP8_GROUP128}
     actual = fused_moe_triton(x_TD, experts, weights_TA, ids_TA, **options, config=config)
     assert_agrees(actual, fused_moe_reference(x_TD, experts, weights_TA, ids_TA, **options))
@@ -200,11 +169,11 @@ def test_activations(activation, config, kernel_device, draw_ids, assert_agrees)
     ],
     ids=["weight on input", "local experts", "both"],
 )
-def test_options(options, pair, kernel_device, draw_ids, assert_agrees):
+def test_options(options, pair, kernel_device, make_layer, make_inputs, assert_agrees):
     case = (17, 4, 3, "dropped", 160, 72)
-    experts = make_layer(case, kernel_device, pair)
+    experts = make_layer(case, pair)
     num_global = 7 if "expert_map" in options else 4
-    x_TD, weights_TA, ids_TA = make_inputs((17, num_global, *case[2:]), kernel_device, draw_ids)
+    x_TD, weights_TA, ids_TA = make_inputs(case, num_global=num_global)
     if "expert_map" in options:
         expert_map = torch.tensor(options["expert_map"], device=kernel_device)
         options = options | {"expert_map": expert_map}
@@ -217,9 +186,9 @@ def test_options(options, pair, kernel_device, draw_ids, assert_agrees):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("pair", ["unquantised", "block x group", "channel"])
-def test_dtypes(pair, dtype, kernel_device, draw_ids, assert_agrees):
-    experts = make_layer(MIXED, kernel_device, pair, dtype=dtype)
-    x_TD, weights_TA, ids_TA = make_inputs(MIXED, kernel_device, draw_ids, dtype)
+def test_dtypes(pair, dtype, make_layer, make_inputs, assert_agrees):
+    experts = make_layer(MIXED, pair, dtype=dtype)
+    x_TD, weights_TA, ids_TA = make_inputs(MIXED, dtype=dtype)
     options = {"activation_format": PAIRS[pair][1]}
     actual = fused_moe(x_TD, experts, weights_TA, ids_TA, **options, backend="triton")
     assert_agrees(
@@ -227,18 +196,18 @@ def test_dtypes(pair, dtype, kernel_device, draw_ids, assert_agrees):
     )
 
 
-def test_hidden_states_and_weights_of_any_strides(kernel_device, draw_ids, assert_agrees):
-    experts = make_layer(MIXED, kernel_device, "channel")
-    x_TD, weights_TA, ids_TA = make_inputs(MIXED, kernel_device, draw_ids)
+def test_hidden_states_and_weights_of_any_strides(make_layer, make_inputs, assert_agrees):
+    experts = make_layer(MIXED, "channel")
+    x_TD, weights_TA, ids_TA = make_inputs(MIXED)
     expected = fused_moe_reference(x_TD, experts, weights_TA, ids_TA)
     x_TD, weights_TA = x_TD.T.contiguous().T, weights_TA.T.contiguous().T
     assert_agrees(fused_moe_triton(x_TD, experts, weights_TA, ids_TA), expected)
 
 
 @pytest.mark.parametrize("config", [CONFIGS["split"], MANY], ids=["split", "many"])
-def test_two_runs_have_the_same_bits(config, kernel_device, draw_ids, assert_same_bits):
-    experts = make_layer(EVEN, kernel_device, "block x group")
-    x_TD, weights_TA, ids_TA = make_inputs(EVEN, kernel_device, draw_ids)
+def test_two_runs_have_the_same_bits(config, make_layer, make_inputs, assert_same_bits):
+    experts = make_layer(EVEN, "block x group")
+    x_TD, weights_TA, ids_TA = make_inputs(EVEN)
     first, second = (
         fused_moe_triton(
             x_TD, experts, weights_TA, ids_TA, activation_format=FP8_GROUP128, config=config
@@ -249,9 +218,9 @@ def test_two_runs_have_the_same_bits(config, kernel_device, draw_ids, assert_sam
 
 
 @pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
-def test_a_nan_stays_in_its_token(config, kernel_device, draw_ids, assert_same_bits):
-    experts = make_layer(EVEN, kernel_device, "block x group")
-    x_TD, weights_TA, ids_TA = make_inputs(EVEN, kernel_device, draw_ids)
+def test_a_nan_stays_in_its_token(config, make_layer, make_inputs, assert_same_bits):
+    experts = make_layer(EVEN, "block x group")
+    x_TD, weights_TA, ids_TA = make_inputs(EVEN)
     options = {"activation_format": FP8_GROUP128, "config": config}
     clean_TD = fused_moe_triton(x_TD, experts, weights_TA, ids_TA, **options)
     x_TD[5, 7] = torch.nan
@@ -263,10 +232,10 @@ def test_a_nan_stays_in_its_token(config, kernel_device, draw_ids, assert_same_b
 
 @pytest.mark.gpu
 @pytest.mark.plain_memory
-def test_more_than_two_to_the_31_elements(draw_ids, assert_agrees):
+def test_more_than_two_to_the_31_elements(make_layer, make_inputs, assert_agrees):
     case = (150_000, 8, 8, "any", 2048, 128)
-    experts = make_layer(case, "cuda", "block x group")
-    x_TD, weights_TA, ids_TA = make_inputs(case, "cuda", draw_ids)
+    experts = make_layer(case, "block x group")
+    x_TD, weights_TA, ids_TA = make_inputs(case)
     y_TD = fused_moe(
         x_TD, experts, weights_TA, ids_TA, activation_format=FP8_GROUP128, backend="triton"
     )
@@ -278,9 +247,9 @@ def test_more_than_two_to_the_31_elements(draw_ids, assert_agrees):
         assert_agrees(y_TD[some], expected)
 
 
-def test_what_is_fused(kernel_device):
+def test_what_is_fused(kernel_device, make_layer):
     def check(pair, dtype=torch.bfloat16):
-        experts = make_layer(MIXED, kernel_device, pair)
+        experts = make_layer(MIXED, pair)
         x_TD = torch.empty(1, MIXED[4], dtype=dtype, device=kernel_device)
         return is_fused(x_TD, experts, PAIRS[pair][1])
 

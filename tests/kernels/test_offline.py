@@ -3,19 +3,16 @@
 `offline.py` compiles them, without a GPU, and has the table of cases.
 """
 
-import json
-import os
 import runpy
-import subprocess
-import sys
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 PROGRAM = Path(__file__).with_name("offline.py")
-OFFLINE = runpy.run_path(str(PROGRAM))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(PROGRAM.parent)
+    OFFLINE = runpy.run_path(str(PROGRAM))
 CASES = OFFLINE["CASES"]
 TARGETS = ("cuda:90", "hip:gfx942", "hip:gfx950")
 # (case, target): why it cannot be compiled, in the words of the compiler's message.
@@ -27,17 +24,10 @@ ADDS_UP = ("_finish_kernel", "_combine_kernel", "_quantize_tile_kernel")
 EACH_CASE = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture(scope="session")
-def compiled():
-    """Records of `offline.py` by case and target."""
-    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-    command = [sys.executable, PROGRAM, *TARGETS]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    records = defaultdict(list)
-    for record in map(json.loads, result.stdout.splitlines()):
-        records[record["case"], record["target"]].append(record)
-    return records
+@pytest.fixture(scope="module")
+def compiled(compile_offline):
+    """Records by case and target."""
+    return compile_offline(PROGRAM.name, *TARGETS, by=("case", "target"))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from octomoe.reference.requantize import requantize
 GROUP128_POW2 = FP8_GROUP128.derive(rounding="pow2")
 COLUMN128_POW2 = FP8_COLUMN128.derive(rounding="pow2")
 
-# Signal to noise in dB of 4096 x 4096 normal numbers in bf16.
+# Signal to noise in dB of 4096 x 4096 normal numbers in bf16; a quarter of them is within 0.01.
 CASES = [
     (MXFP8, 31.48),
     (FP8_GROUP128, 31.79),
@@ -38,7 +38,7 @@ FREE_DB = 0.01
 @pytest.fixture(scope="module")
 def x_TD():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(4096, 4096, generator=generator).to(torch.bfloat16)
+    return torch.randn(2048, 2048, generator=generator).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -177,6 +177,7 @@ buckets = st.lists(
         ).map(tuple),
         st.dictionaries(st.text(), st.floats(0.1, 1e6)),
     ),
+    max_size=3,
     unique_by=lambda bucket: bucket.num_tokens,
 ).map(lambda found: tuple(sorted(found, key=lambda bucket: bucket.num_tokens)))
 sizes = st.integers(1, 1 << 16)
