@@ -7,8 +7,9 @@ TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 # The Triton that `make test-triton` tests the kernels with: by default the oldest supported.
 TRITON ?= 3.6.0
-# A process per core takes file after file of tests.
-SHARED := -n auto --dist loadfile
+# A process per core takes file after file of tests, in their order: xdist's own puts files of few
+# tests last, and those that take minutes are among them.
+SHARED := -n auto --dist loadfile --no-loadscope-reorder
 TRITON_VENV := .venv-triton-$(TRITON)
 
 .PHONY: demo test test-triton lint types clean

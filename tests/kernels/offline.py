@@ -484,6 +484,7 @@ def main(compile_job: Callable[[str, str], list[Any]], jobs: list[tuple[str, str
     # Results must not come from an earlier run.
     with TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
+        # Forked, for processes that need not import all of this again.
         with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
             for record in chain.from_iterable(pool.map(compile_job, *zip(*jobs, strict=True))):
                 print(json.dumps(record), flush=True)
