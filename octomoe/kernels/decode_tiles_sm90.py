@@ -47,9 +47,9 @@ _REGISTERS: Final = 65536
 class Plan(NamedTuple):
     """What is known about a problem when its kernel is compiled.
 
-    Weights of `GROUP` steps are asked for together. A tile takes one of `SPLITS` parts of the depth of
-    w13, of `DOWN_SPLITS` of that of w2. `COUNT` choices are sorted inside (0: a
-    routing's tables say where they are). `SOURCE` says how rows are brought, in `PIECES` rows each.
+    Weights of `GROUP` steps are asked for together. A tile takes one of `SPLITS` parts of the depth
+    of w13, of `DOWN_SPLITS` of that of w2. `COUNT` choices are sorted inside (0: a routing's tables
+    say where they are). `SOURCE` says how rows are brought, in `PIECES` rows each.
     Scales of weights change by the step, or multiply sums; each serves `SCALE_ROWS` rows (0: all).
     """
 
